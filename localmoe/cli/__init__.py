@@ -1,0 +1,1 @@
+"""The command line. Importing it imports no torch; each command loads what it needs when it runs."""

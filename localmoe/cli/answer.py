@@ -1,0 +1,138 @@
+"""One answer as it comes: its text told apart from its thinking, and what it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from localmoe.errors import TemplateError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from localmoe.generate import Stats, Step
+    from localmoe.load import Engine
+    from localmoe.text import Message, Segment, ThinkingSplitter
+
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to answer. `sampling` holds temperature, top_p, top_k and min_p."""
+
+    sampling: dict[str, float]
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    thinking: bool | None = None
+
+
+@dataclass
+class Answer:
+    """What the model said, and how long it took. `prefill_seconds` is None when no token came."""
+
+    text: str = ""
+    thinking: str = ""
+    finish_reason: FinishReason = "interrupted"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_seconds: float | None = None
+    decode_seconds: float = 0.0
+    decode_tokens_per_second: float | None = None
+
+    def add(self, segment: Segment) -> None:
+        """Append a piece to the part it belongs to."""
+        if segment.kind == "thinking":
+            self.thinking += segment.text
+        else:
+            self.text += segment.text
+
+
+def splitter(engine: Engine, prompt: str | Sequence[Message], thinking: bool | None) -> ThinkingSplitter | None:
+    """What tells thinking from answer after `prompt`; None for a text prompt, which is continued as it is.
+
+    Raises TemplateError when the model has no chat template, UsageError when it cannot do what `thinking` asks.
+    """
+    from localmoe.text import ThinkingSplitter
+
+    if isinstance(prompt, str):
+        return None
+    template = engine.chat_template
+    if template is None:
+        raise TemplateError(f"{engine.path.name} has no chat template; `run --raw` continues text without one")
+    if thinking is not None and not template.switches_thinking:
+        flag = "--think" if thinking else "--no-think"
+        raise UsageError(f"{flag}: this model's chat template has no switch for thinking; leave the option out")
+    return ThinkingSplitter.after(template.render(prompt, thinking=thinking))
+
+
+def collect(
+    engine: Engine,
+    prompt: str | Sequence[Message],
+    request: Request,
+    show: Callable[[Segment], None],
+    *,
+    reuse_prefix: bool = False,
+) -> Answer:
+    """Generate an answer, passing each piece to `show` as it comes.
+
+    Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted".
+    """
+    from localmoe.text import Segment
+
+    answer = Answer()
+    split = splitter(engine, prompt, request.thinking)
+
+    def give(segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            answer.add(segment)
+            show(segment)
+
+    started = time.perf_counter()
+    try:
+        for step in _steps(engine, prompt, request, reuse_prefix):
+            now = time.perf_counter() - started
+            answer.completion_tokens += 1
+            if answer.prefill_seconds is None:
+                answer.prefill_seconds = now
+            answer.decode_seconds = now - answer.prefill_seconds
+            give(split.push(step.text) if split else [Segment("answer", step.text)] if step.text else [])
+            if step.finish_reason is not None:
+                answer.finish_reason = step.finish_reason
+            if step.stats is not None:
+                _take(answer, step.stats)
+        give(split.finish() if split else [])
+    except KeyboardInterrupt:
+        answer.finish_reason = "interrupted"
+        answer.prompt_tokens = len(engine.prompt_ids(prompt, thinking=request.thinking))
+    if answer.decode_tokens_per_second is None and answer.completion_tokens > 1 and answer.decode_seconds > 0:
+        # The first token comes out of the prefill.
+        answer.decode_tokens_per_second = (answer.completion_tokens - 1) / answer.decode_seconds
+    return answer
+
+
+def _steps(
+    engine: Engine, prompt: str | Sequence[Message], request: Request, reuse_prefix: bool
+) -> Iterator[Step]:
+    return engine.generate(
+        prompt,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        stop=tuple(request.stop),
+        thinking=request.thinking,
+        reuse_prefix=reuse_prefix,
+        temperature=request.sampling["temperature"],
+        top_p=request.sampling["top_p"],
+        top_k=int(request.sampling["top_k"]),
+        min_p=request.sampling["min_p"],
+    )
+
+
+def _take(answer: Answer, stats: Stats) -> None:
+    answer.prompt_tokens = stats.prompt_tokens
+    answer.completion_tokens = stats.completion_tokens
+    answer.prefill_seconds = stats.prefill_seconds
+    answer.decode_seconds = stats.decode_seconds
+    answer.decode_tokens_per_second = stats.decode_tokens_per_second

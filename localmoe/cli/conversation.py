@@ -1,0 +1,45 @@
+"""What a chat remembers: questions, answers, and the system prompt. No terminal, no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from localmoe.text import Message
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer, without the thinking: templates drop it from earlier turns."""
+
+    question: str
+    answer: str
+
+
+@dataclass
+class Conversation:
+    """The turns so far. A question joins them only with an answer, so the roles always alternate."""
+
+    system: str | None = None
+    turns: list[Turn] = field(default_factory=list)
+
+    def asking(self, question: str) -> list[Message]:
+        """The messages that ask `question` after everything before it."""
+        messages: list[Message] = [] if not self.system else [{"role": "system", "content": self.system}]
+        for turn in self.turns:
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.answer})
+        return [*messages, {"role": "user", "content": question}]
+
+    def add(self, question: str, answer: str) -> None:
+        """Remember a turn."""
+        self.turns.append(Turn(question, answer))
+
+    def take_back(self) -> Turn | None:
+        """Forget the last turn and return it."""
+        return self.turns.pop() if self.turns else None
+
+    def reset(self) -> None:
+        """Forget every turn; the system prompt stays."""
+        self.turns.clear()

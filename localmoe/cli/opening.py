@@ -1,0 +1,88 @@
+"""From MODEL to an engine: find it, quantize it first where that is asked for, load it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from localmoe import store
+from localmoe.cli import streams
+from localmoe.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from localmoe.cli.options import Machine
+    from localmoe.load import Engine
+    from localmoe.store import Resolved
+
+
+def open_engine(model: str, machine: Machine) -> tuple[Resolved, Engine]:
+    """The model and its engine, which the caller closes. Says on standard error what takes time."""
+    resolved = locate(model)
+    streams.passing_remark(f"loading {label(resolved)} ...")
+    try:
+        return resolved, load_engine(resolved.path, machine)
+    finally:
+        streams.passing_remark("")
+
+
+def load_engine(path: Path, machine: Machine) -> Engine:
+    """The only place where the command line meets torch; tests put their own engine here."""
+    from localmoe.load import load
+
+    return load(
+        path,
+        device=machine.device,
+        kernels=machine.kernels,
+        threads=machine.threads,
+        vram=machine.vram,
+        ram=machine.ram,
+        ctx=machine.context,
+    )
+
+
+def locate(model: str) -> Resolved:
+    """The model on this machine. A name that is here only as a source is quantized first, with the recipe its
+    ending names (`balanced` without one); `:source`, a directory and what is int4 already stay as they are."""
+    ref = store.parse_ref(model)
+    recipe = ref.ending or "balanced"
+    if ref.directory is not None or recipe == "source":
+        return store.resolve(model)
+    try:
+        resolved = store.resolve(model)
+    except ModelNotFoundError:
+        source = store.find_source(ref.name)
+        if source is None:
+            raise
+    else:
+        if resolved.kind == "artifact" or _is_packed(resolved.path):
+            return resolved
+        source = resolved.path
+    _quantize_first(ref.name, recipe, source)
+    return store.resolve(model)
+
+
+def label(resolved: Resolved) -> str:
+    """The model as the user would type it."""
+    if resolved.ref.directory is not None:
+        return str(resolved.ref.directory)
+    return f"{resolved.name}:{resolved.recipe or 'source'}"
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a source is already 4-bit as its makers ship it, so that there is nothing to quantize."""
+    try:
+        config = json.loads((path / "config.json").read_bytes()).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False  # quantizing it will say what is wrong
+    return isinstance(config, dict) and config.get("quant_method") == "compressed-tensors"
+
+
+def _quantize_first(name: str, recipe: str, source: Path) -> None:
+    from localmoe.cli.quantize import make_artifact
+
+    streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")
+    output = store.artifact_dir(name, recipe)
+    make_artifact(source, output, recipe)
+    streams.tell(f"quantized to {output}")

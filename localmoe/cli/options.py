@@ -1,0 +1,164 @@
+"""The options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from localmoe.errors import UsageError
+
+DEVICES = ("auto", "cpu", "cuda")
+TIERS = ("auto", "reference", "portable", "avx2", "avxvnni", "avx512")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
+_UNITS = {"B": 1} | {
+    prefix + suffix: base ** (power + 1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+    for power, prefix in enumerate("KMGT")
+}
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A name known to localmoe, a hub repo id, or a directory. A name or id may end in :RECIPE or :source.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
+]
+KernelTier = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        metavar="TIER",
+        help="auto, reference, portable, avx2, avxvnni or avx512.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", min=1, help="CPU threads.  [default: one a physical core]"),
+]
+Vram = Annotated[
+    str | None, typer.Option("--vram", metavar="SIZE", help="Use at most this much GPU memory, as 12GiB or 12GB.")
+]
+Ram = Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Use at most this much CPU memory.")]
+Context = Annotated[
+    int | None,
+    typer.Option("--ctx", metavar="N", min=1, help="Context in tokens.  [default: the model's, or what fits]"),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Freeze where experts are placed. On the CPU they never move."),
+]
+Think = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", show_default=False, help="Let the model think first, where its template can."),
+]
+# main() looks for this flag itself, before parsing, so that it also covers what parsing raises.
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("-n", "--max-tokens", metavar="N", min=1, help="Stop after N tokens.  [default: none]"),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temp", metavar="T", help="Sampling temperature; 0 always takes the likeliest token.")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens that add up to P.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Sample from the K likeliest tokens; 0: all.")]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", metavar="P", help="Sample from tokens at least P times as likely as the likeliest."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="S", min=0, help="Make sampling repeatable.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", show_default=False, help="End the answer before TEXT. May be repeated."),
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system prompt.")]
+
+
+def json_help(keys: str) -> str:
+    """Help text of a command's `--json`: the documented keys."""
+    return f"Print one JSON object: {keys}."
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the user allows the engine to use. Sizes in bytes."""
+
+    device: str = "auto"
+    kernels: str = "auto"
+    threads: int | None = None
+    vram: int | None = None
+    ram: int | None = None
+    context: int | None = None
+
+
+def machine(
+    device: str, kernels: str, threads: int | None, vram: str | None, ram: str | None, ctx: int | None
+) -> Machine:
+    """The common options, as typed, put together. Raises UsageError naming the option that is wrong."""
+    for option, value, known in (("--device", device, DEVICES), ("--kernels", kernels, TIERS)):
+        if value not in known:
+            raise UsageError(f"{option}: {value!r} is not one of {', '.join(known)}")
+    return Machine(device, kernels, threads, parse_size(vram, "--vram"), parse_size(ram, "--ram"), ctx)
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """The sampling flags as typed, None where one was not given."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+    def given(self) -> dict[str, float]:
+        """Those that were given, by the names that sampling uses. Raises UsageError naming a bad value's flag."""
+        spelled = {"temperature": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p"}
+        values = {name: value for name in spelled if (value := getattr(self, name)) is not None}
+        for name, value in values.items():
+            check_sampling(name, value, spelled[name])
+        return values
+
+
+def check_sampling(name: str, value: object, where: str) -> None:
+    """Raises UsageError when `value` makes no sense for the sampling setting `name`; `where` says who set it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UsageError(f"{where}: {value!r} is not a number")
+    if name == "temperature" and value < 0:
+        raise UsageError(f"{where}: a temperature is at least 0, not {value}")
+    if name == "top_p" and not 0 < value <= 1:
+        raise UsageError(f"{where}: a probability above 0 and up to 1 is needed, not {value}")
+    if name == "min_p" and not 0 <= value <= 1:
+        raise UsageError(f"{where}: a probability from 0 to 1 is needed, not {value}")
+    if name == "top_k" and (value < 0 or value != int(value)):
+        raise UsageError(f"{where}: a whole number from 0 on is needed, not {value}")
+
+
+def check_stop(words: list[str] | None) -> None:
+    """Raises UsageError for an empty stop text, which would stop at once."""
+    if words and "" in words:
+        raise UsageError("--stop: an empty text would stop at once")
+
+
+def parse_size(text: str | None, option: str) -> int | None:
+    """Bytes in a size written `12GiB` (1024-based) or `12GB` (1000-based). Raises UsageError naming `option`."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{option}: {text!r} is not a size; write it as 12GiB or 12GB")
+    number, unit = match.groups()
+    size = int(float(number) * _UNITS[unit])
+    if size == 0:
+        raise UsageError(f"{option}: a size is more than 0 bytes, not {text}")
+    return size

@@ -1,0 +1,148 @@
+"""`localmoe run`: one question, one answer, made for pipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localmoe.cli import options, prompt, settings, streams
+from localmoe.cli.answer import Answer, Request, collect
+from localmoe.cli.failure import INTERRUPTED
+from localmoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from localmoe.text import Message, Segment
+
+_JSON_KEYS = (
+    "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
+    "prefill_seconds, decode_seconds, decode_tokens_per_second"
+)
+
+
+def run(
+    model: options.Model,
+    prompt_text: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", show_default=False, help="What to ask.")
+    ] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("-f", "--file", metavar="FILE", show_default=False, help="Add a text file. May be repeated."),
+    ] = None,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    system: options.System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")] = False,
+    think: options.Think = None,
+    show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_JSON_KEYS))] = False,
+    device: options.Device = "auto",
+    kernels: options.KernelTier = "auto",
+    threads: options.Threads = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    ctx: options.Context = None,
+    deterministic: options.Deterministic = False,
+    debug: options.Debug = False,
+) -> None:
+    """Ask MODEL one thing and print its answer, alone, on standard output.
+
+    The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
+    statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
+    """
+    flags = options.SamplingFlags(temp, top_p, top_k, min_p).given()
+    machine = options.machine(device, kernels, threads, vram, ram, ctx)
+    if raw and (system is not None or think is not None or show_thinking):
+        raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
+    options.check_stop(stop)
+    question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
+    asked: str | list[Message] = question if raw else messages(question, system)
+
+    from localmoe.cli.opening import label, open_engine
+
+    resolved, engine = open_engine(model, machine)
+    with engine:
+        request = Request(
+            sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=stop or (),
+            thinking=think,
+        )
+        printer = _Printer(answer=not as_json, thinking=show_thinking)
+        answer = collect(engine, asked, request, printer.show)
+        printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
+        if as_json:
+            streams.write_json(_as_json(label(resolved), answer))
+        streams.remark(statistics(answer, engine.max_context))
+    if answer.finish_reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def messages(question: str, system: str | None) -> list[Message]:
+    """A conversation of one question."""
+    asked: list[Message] = [{"role": "user", "content": question}]
+    return asked if system is None else [{"role": "system", "content": system}, *asked]
+
+
+def statistics(answer: Answer, max_context: int) -> str:
+    """One line for the person at the terminal."""
+    parts = [f"{answer.completion_tokens} tokens"]
+    if answer.decode_tokens_per_second is not None:
+        parts[0] += f", {answer.decode_tokens_per_second:.1f} tokens/s"
+    if answer.prefill_seconds is not None:
+        parts.append(f"prompt {answer.prompt_tokens} tokens, {answer.prefill_seconds:.2f} s")
+        if answer.finish_reason == "length":
+            used = answer.prompt_tokens + answer.completion_tokens
+            parts.append(f"the context of {max_context} is full" if used >= max_context else "stopped by -n")
+    if answer.finish_reason == "interrupted":
+        parts.append("interrupted")
+    return " · ".join(parts)
+
+
+def _as_json(model: str, answer: Answer) -> dict[str, Any]:
+    return {
+        "model": model,
+        "text": answer.text,
+        "thinking": answer.thinking or None,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "prefill_seconds": answer.prefill_seconds,
+        "decode_seconds": answer.decode_seconds,
+        "decode_tokens_per_second": answer.decode_tokens_per_second,
+    }
+
+
+class _Printer:
+    """Sends the answer to standard output and the thinking to standard error, or drops them."""
+
+    def __init__(self, *, answer: bool, thinking: bool) -> None:
+        self._answer = answer
+        self._thinking = thinking
+        self._last = {"answer": "\n", "thinking": "\n"}
+
+    def show(self, segment: Segment) -> None:
+        if segment.kind == "answer" and self._answer:
+            self._end_thinking()
+            streams.write(segment.text)
+        elif segment.kind == "thinking" and self._thinking:
+            streams.tell(segment.text, end="", faint=True)
+        self._last[segment.kind] = segment.text[-1]
+
+    def finish(self, *, add_newline: bool) -> None:
+        self._end_thinking()
+        if self._answer and add_newline and self._last["answer"] != "\n":
+            streams.write("\n")
+
+    def _end_thinking(self) -> None:
+        if self._thinking and self._last["thinking"] != "\n":
+            streams.tell("")
+            self._last["thinking"] = "\n"

@@ -1,0 +1,81 @@
+"""Where sampling settings come from: flag, user config, models.toml, generation_config.json, else greedy."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localmoe.cli.options import check_sampling
+from localmoe.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+GREEDY: dict[str, float] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+def user_config_path() -> Path:
+    """`$XDG_CONFIG_HOME/localmoe/config.toml`; the XDG rules ignore a relative XDG_CONFIG_HOME."""
+    base = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".config") / "localmoe" / "config.toml"
+
+
+def user_sampling() -> dict[str, float]:
+    """The `[sampling]` table of the user's config, empty without one. Raises UsageError naming what is wrong."""
+    path = user_config_path()
+    try:
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    unknown = sorted(config.keys() - {"sampling"})
+    if unknown:
+        raise UsageError(f"{path}: {unknown[0]!r} is not a setting; only [sampling] is")
+    table = config.get("sampling", {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: sampling is not a table; write [sampling] on a line of its own")
+    for name, value in table.items():
+        if name not in GREEDY:
+            raise UsageError(f"{path}: [sampling] has no setting {name!r}; it has {', '.join(GREEDY)}")
+        check_sampling(name, value, f"{path}: [sampling] {name}")
+    return table
+
+
+def sampling(flags: Mapping[str, float], name: str, checkpoint: Mapping[str, float]) -> dict[str, float]:
+    """Every sampling setting for the model `name`, each from the first place that has it.
+
+    `flags` are those given on the command line, `checkpoint` what generation_config.json advises.
+    """
+    chosen = GREEDY | dict(checkpoint) | advised(name) | user_sampling() | dict(flags)
+    return chosen | {"top_k": int(chosen["top_k"])}
+
+
+def advised(name: str) -> dict[str, float]:
+    """What models.toml says the makers of `name` advise."""
+    from localmoe.hub import registry
+
+    known = registry().get(name)
+    return dict(known.sampling) if known is not None else {}
+
+
+def from_checkpoint(directory: Path) -> dict[str, float]:
+    """What a checkpoint's generation_config.json advises; nothing where it says `do_sample: false`.
+
+    The same as the engine's `generation_defaults`, for commands that load no engine. Raises CheckpointError.
+    """
+    from localmoe.text.files import read_json_object
+
+    path = directory / "generation_config.json"
+    config = read_json_object(path)
+    if config.get("do_sample") is False:
+        return {}
+    found = {name: value for name in GREEDY if (value := config.get(name)) is not None}
+    for name, value in found.items():
+        try:
+            check_sampling(name, value, f"{path}: {name}")
+        except UsageError as error:
+            raise CheckpointError(str(error)) from error
+    return found

@@ -1,0 +1,301 @@
+"""`pull`: bring a checkpoint into the hub's cache, every byte of it checked.
+
+    ask the hub once -> small files, config first -> what can be refused is refused -> the weights, four at a time
+
+A file that is here is hashed, and fetched again only if its hash is wrong. A file that is cut off is kept, and
+goes on from its last byte (partial.py). Plain HTTP throughout: hf_xet is not needed, and what it downloads
+cannot be taken up again by a later run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from localmoe.errors import HubError, StorageError, UsageError, VerificationError
+from localmoe.hub import cache, partial
+from localmoe.hub.cache import OnProgress, Progress
+from localmoe.hub.listing import Listing, RemoteFile, ask_hub, check_revision, hub_errors
+from localmoe.hub.names import ModelRef, printable, refuse_unsupported, repo_of
+from localmoe.hub.verify import demo_directory, verify_source
+
+WORKERS = 4
+
+State = Literal["present", "downloaded", "resumed", "repaired"]
+
+
+@dataclass(frozen=True)
+class PulledFile:
+    """What became of one file: it was here and right, came whole, was taken up half-way, or was damaged."""
+
+    name: str
+    size_bytes: int
+    state: State
+
+
+@dataclass(frozen=True)
+class PullReport:
+    """A finished pull. Every file's hash has been checked; `path` is the checkpoint's directory."""
+
+    name: str
+    repo: str | None
+    commit: str | None
+    path: Path
+    files: tuple[PulledFile, ...]
+    received_bytes: int
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        return tuple(file.name for file in self.files if file.state == "repaired")
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+def pull(ref: ModelRef, *, revision: str | None = None, progress: OnProgress | None = None) -> PullReport:
+    """Download `ref`'s source, or check it if it is here, and repair what is damaged.
+
+    With HF_HUB_OFFLINE set, and for the demo, it only checks. Raises UsageError, UnsupportedModelError, HubError,
+    StorageError, and VerificationError for a file whose bytes are not those the repository lists.
+    """
+    if ref.directory is not None:
+        raise UsageError(f"{ref.directory} is a directory; pull takes a name or a repository id")
+    if ref.ending not in (None, "source"):
+        raise UsageError(f"pull brings sources, not recipes: type `localmoe pull {ref.name}`, then quantize it")
+    if revision is not None:
+        check_revision(revision)
+    refuse_unsupported(ref.name)
+    repo = repo_of(ref.name)
+    if repo is None:
+        return _check_only(ref.name, None, demo_directory(), progress)
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        path = cache.find_snapshot(repo, revision)
+        if path is None:
+            raise HubError(f"HF_HUB_OFFLINE is set and {repo} is not complete here: unset it to download")
+        return _check_only(ref.name, repo, path, progress)
+    with _quiet_hub():
+        listing = ask_hub(repo, revision or constants.DEFAULT_REVISION)
+        return _Pull(ref.name, listing, progress).run()
+
+
+def _check_only(name: str, repo: str | None, path: Path, progress: OnProgress | None) -> PullReport:
+    report = verify_source(path, progress=progress)
+    report.raise_if_bad()
+    files = tuple(
+        PulledFile(file.name, file.stat().st_size, "present") for file in sorted(path.iterdir()) if file.is_file()
+    )
+    return PullReport(name, repo, path.name if repo else None, path, files, 0)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep huggingface_hub's own words off the terminal: it repeats signed addresses and the server's text."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class _StoppedError(Exception):
+    """Another file's download failed, or the user pressed Ctrl-C."""
+
+
+class _Meter:
+    """Adds up the bytes of all files, from all threads, and passes them on."""
+
+    def __init__(self, total: int, report: OnProgress | None) -> None:
+        self.total = total
+        self.received = 0
+        self.stop = threading.Event()
+        self._done: dict[str, int] = {}
+        self._report = report
+        self._lock = threading.Lock()
+
+    def advance(self, item: str, count: int) -> None:
+        if self.stop.is_set():
+            raise _StoppedError
+        with self._lock:
+            self._done[item] = self._done.get(item, 0) + count
+            if self._report is not None:
+                self._report(Progress(sum(self._done.values()), self.total, item))
+
+    def start_over(self, item: str) -> None:
+        self.advance(item, -self._done.get(item, 0))
+
+    def count_received(self, count: int) -> None:
+        with self._lock:
+            self.received += count
+
+
+class _Pull:
+    """One pull of one repository at one commit."""
+
+    def __init__(self, name: str, listing: Listing, report: OnProgress | None) -> None:
+        self._name = name
+        self._listing = listing
+        self._directory = cache.repo_directory(listing.repo)
+        self._snapshot = self._directory / "snapshots" / listing.commit
+        self._meter = _Meter(sum(file.size for file in listing.files), report)
+
+    def run(self) -> PullReport:
+        small = [file for file in self._listing.files if not file.is_weights]
+        with hub_errors(self._listing.repo, self._listing.revision, f"while writing to {self._directory}"):
+            self._snapshot.mkdir(parents=True, exist_ok=True)
+        done = [self._ensure(file) for file in small]
+        self._check_supported()
+        weights = self._weights()
+        self._meter.total = sum(file.size for file in (*small, *weights))
+        self._check_space(weights)
+        done += self._ensure_all(weights)
+        self._finish()
+        received = self._meter.received
+        repo, commit = self._listing.repo, self._listing.commit
+        return PullReport(self._name, repo, commit, self._snapshot, tuple(done), received)
+
+    def _check_supported(self) -> None:
+        """Refuse an architecture we do not run before its weights are fetched. Raises UnsupportedModelError."""
+        from localmoe.model.config import ModelConfig
+
+        try:
+            config = json.loads((self._snapshot / "config.json").read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise HubError(f"config.json of {self._listing.repo} is not JSON: {printable(error)}") from error
+        if not isinstance(config, dict):
+            raise HubError(f"config.json of {self._listing.repo} is not a JSON object")
+        ModelConfig.from_dict(config)
+
+    def _weights(self) -> list[RemoteFile]:
+        """The shards that the index names, or the single file; other safetensors are other formats' copies."""
+        listed = {file.name: file for file in self._listing.files if file.is_weights}
+        index = self._snapshot / cache.INDEX
+        wanted = cache.shards_of(index) if index.exists() else [cache.SINGLE]
+        for name in wanted:
+            if name not in listed:
+                raise HubError(f"{self._listing.repo} is incomplete: it has no {printable(name)}")
+        return [listed[name] for name in wanted]
+
+    def _check_space(self, weights: Sequence[RemoteFile]) -> None:
+        needed = sum(file.size for file in weights if self._held(file) is None)
+        needed -= sum(path.stat().st_size for file in weights if (path := self._partial(file)).exists())
+        free = shutil.disk_usage(self._directory).free
+        if needed > free:
+            raise StorageError(
+                f"{self._name} needs {needed / 1e9:.1f} GB more at {cache.root()} and {free / 1e9:.1f} GB is free: "
+                "free some space, or set HF_HOME to a bigger disk"
+            )
+
+    def _ensure_all(self, files: Sequence[RemoteFile]) -> list[PulledFile]:
+        # Files of the same content share one blob, so only the first of them is a download of its own.
+        first = list({file.digest: file for file in files}.values())
+        with ThreadPoolExecutor(WORKERS) as pool:
+            futures = [pool.submit(self._ensure_or_stop, file) for file in first]
+            try:
+                for future in as_completed(futures):
+                    error = future.exception()
+                    if error is not None and not isinstance(error, _StoppedError):
+                        raise error
+            except BaseException:  # Ctrl-C included: the threads must not go on behind the prompt
+                self._meter.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return [future.result() for future in futures] + [self._ensure(file) for file in files if file not in first]
+
+    def _ensure_or_stop(self, file: RemoteFile) -> PulledFile:
+        """In a thread: the first error ends the other downloads too, at their next chunk."""
+        if self._meter.stop.is_set():
+            raise _StoppedError
+        try:
+            return self._ensure(file)
+        except BaseException:
+            self._meter.stop.set()
+            raise
+
+    def _ensure(self, file: RemoteFile) -> PulledFile:
+        """Have `file` here with the right hash and linked into the snapshot, whatever that takes."""
+        state: State | None = None
+        with hub_errors(self._listing.repo, self._listing.revision, f"while downloading {file.name}"):
+            held = self._held(file)
+            if held is not None:
+                if cache.matches(held, file.digest, lambda count: self._meter.advance(file.name, count)):
+                    state = "present"
+                else:
+                    self._meter.start_over(file.name)
+                    held.unlink()
+            if state is None:
+                resumed = self._download(file)
+                state = "repaired" if held is not None else "resumed" if resumed else "downloaded"
+            self._link(file)
+        return PulledFile(file.name, file.size, state)
+
+    def _held(self, file: RemoteFile) -> Path | None:
+        """The copy that is here: the blob, or the snapshot's own file on a disk without links."""
+        link = self._snapshot / file.name
+        if link.is_file() and not link.is_symlink():
+            return link
+        blob = self._blob(file)
+        return blob if blob.exists() else None
+
+    def _download(self, file: RemoteFile) -> bool:
+        """Fetch the file into the blobs; whether an earlier run's part was used. Raises VerificationError."""
+        path = self._partial(file)
+        with partial.PartialFile(path, file, lambda count: self._meter.advance(file.name, count)) as part:
+            start = part.size
+            self._fetch(part)
+            if not part.is_right() and start:  # the part may have been damaged on this disk: once more, from zero
+                part.restart()
+                start = 0
+                self._fetch(part)
+            if not part.is_right():
+                part.restart()
+                raise VerificationError(
+                    f"{file.name} of {self._listing.repo} does not have the hash the repository lists "
+                    f"({file.digest[:12]}…): the server or the way to it changes bytes; try again later"
+                )
+            path.replace(self._blob(file))
+        return start > 0
+
+    def _fetch(self, part: partial.PartialFile) -> None:
+        start = part.size
+        try:
+            partial.fetch(self._listing, part)
+        finally:
+            self._meter.count_received(max(part.size - start, 0))
+
+    def _link(self, file: RemoteFile) -> None:
+        link = self._snapshot / file.name
+        if link.is_file() and not link.is_symlink():
+            return
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(Path("../../blobs") / file.digest)
+        except OSError:  # a disk without links: the file itself goes into the snapshot, as huggingface_hub does
+            self._blob(file).replace(link)
+
+    def _finish(self) -> None:
+        """Record which commit the branch or tag means now; the snapshot becomes the newest of its repository."""
+        with hub_errors(self._listing.repo, self._listing.revision, f"while writing to {self._directory}"):
+            if self._listing.revision != self._listing.commit:
+                reference = self._directory / "refs" / self._listing.revision
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                reference.write_text(self._listing.commit, encoding="ascii")
+            self._snapshot.touch()
+
+    def _blob(self, file: RemoteFile) -> Path:
+        return self._directory / "blobs" / file.digest
+
+    def _partial(self, file: RemoteFile) -> Path:
+        return self._directory / "blobs" / f"{file.digest}.localmoe.incomplete"

@@ -1,0 +1,256 @@
+"""The one place where everything is wired together: a model's name -> its files -> an Engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import (
+    CheckpointError,
+    ContextOverflowError,
+    DeviceError,
+    ModelNotFoundError,
+    TemplateError,
+    UsageError,
+)
+from localmoe.formats.checkpoint import Checkpoint
+from localmoe.generate import PREFILL_CHUNK, CachedTokens, Settings, Step, generate
+from localmoe.kernels.dispatch import Kernels
+from localmoe.memory import MemoryNeeds, available_memory, choose_context
+from localmoe.model.config import ModelConfig
+from localmoe.model.deepseek import Model
+from localmoe.model.kv_cache import LatentCache
+from localmoe.model.shapes import check_checkpoint
+from localmoe.offload.experts import ExpertStore
+from localmoe.sampling import SamplingParams
+from localmoe.store import Resolved, resolve
+from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
+from localmoe.text.files import read_json_object
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    vram: int | None = None,
+    ctx: int | None = None,
+    kernels: str = "auto",
+    ram: int | None = None,
+) -> Engine:
+    """Open a model: a name or repository id, with or without a `:RECIPE` or `:source` ending, or a directory.
+
+    Only headers are read; the weights are mapped and come into memory as they are used. `ram` (bytes) is the
+    budget for what must stay in memory, the machine's available memory by default; `ctx` (tokens) is by default
+    the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
+
+    Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
+    cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
+    """
+    _check_device(device, vram)
+    chosen = Kernels.choose(kernels, threads)
+    resolved = resolve(str(model.expanduser().absolute()) if isinstance(model, Path) else model)
+    checkpoint = Checkpoint.open(resolved.path)
+    _refuse_unquantized(resolved, checkpoint)
+    config = ModelConfig.from_dict(checkpoint.config)
+    check_checkpoint(config, checkpoint)
+    needs = MemoryNeeds.of(config, checkpoint.tensors.values())
+    context = choose_context(needs, config.max_position_embeddings, ctx, available_memory() if ram is None else ram)
+    if threads is not None:
+        # Torch computes what has no kernel of ours (norms, softmax, prefill). Its pool belongs to the process and
+        # idles while our kernels' pool runs, so both get the same number. Unset, torch takes a thread a core.
+        torch.set_num_threads(threads)
+    experts = ExpertStore(checkpoint, config, chosen)
+    return Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
+
+
+class Engine:
+    """An open model. Made by `load`; close it, or use it as a context manager."""
+
+    def __init__(self, model: Model, checkpoint: Checkpoint, kernels: Kernels, max_context: int) -> None:
+        self.config: ModelConfig = model.config
+        self.path: Path = checkpoint.directory
+        self.kernels_tier: str = kernels.tier
+        self.max_context = max_context
+        self._checkpoint = checkpoint
+        self._model: Model | None = model
+        self._cached: CachedTokens | None = None  # what `reuse_prefix` goes on from
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError when the model has none, or a damaged one; token ids work without it."""
+        return Tokenizer.from_directory(self.path)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's own, or None."""
+        return ChatTemplate.from_directory(self.path)
+
+    @cached_property
+    def generation_defaults(self) -> dict[str, float]:
+        """What `generation_config.json` advises of temperature, top_p, top_k and min_p; empty where it advises
+        greedy decoding. Raises CheckpointError for a value out of range."""
+        path = self.path / "generation_config.json"
+        found = read_json_object(path)
+        if found.get("do_sample") is False:
+            return {}
+        names = ("temperature", "top_p", "top_k", "min_p")
+        advised = {name: found[name] for name in names if found.get(name) is not None}
+        try:
+            SamplingParams(**advised)
+        except UsageError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return advised
+
+    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Float32 logits [T, V] of one sequence of T tokens, from an empty cache.
+
+        Raises InputError for no tokens or ids outside the vocabulary, ContextOverflowError for too many.
+        """
+        model = self._opened()
+        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+        if len(ids) > self.max_context:
+            raise ContextOverflowError(f"{len(ids):,} tokens do not fit the context of {self.max_context:,}")
+        cache = LatentCache(self.config, len(ids))
+        logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
+        with torch.inference_mode():
+            for start in range(0, max(len(ids), 1), PREFILL_CHUNK):
+                chunk = slice(start, start + PREFILL_CHUNK)
+                logits[chunk] = model.forward(ids[chunk], cache)
+        return logits
+
+    def prompt_ids(self, prompt: Prompt, *, thinking: bool | None = None, add_bos: bool = True) -> list[int]:
+        """The token ids that `generate` starts from.
+
+        Text is continued as it is, control tokens in it included, after the beginning the tokenizer puts before
+        texts (`add_bos`). Messages go through the chat template, and only the template writes control tokens.
+        Raises TemplateError when there is none or it fails, UsageError for a thinking switch it does not have.
+        """
+        if not isinstance(prompt, str) and prompt and all(isinstance(message, Mapping) for message in prompt):
+            return self._chat_ids(prompt, thinking)  # type: ignore[arg-type]  # just checked
+        if thinking is not None:
+            raise UsageError("thinking is switched by the chat template, which a prompt without messages does not use")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_bos=add_bos)
+        if not all(isinstance(token_id, int) for token_id in prompt):
+            raise UsageError("a prompt is a text, a sequence of token ids, or a sequence of messages")
+        return list(prompt)  # type: ignore[arg-type]  # just checked
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        thinking: bool | None = None,
+        add_bos: bool = True,
+        reuse_prefix: bool = False,
+    ) -> Generator[Step]:
+        """Answer or continue `prompt` (see `prompt_ids`), one Step a token.
+
+        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `reuse_prefix` goes on
+        from what the last such call left in the cache, so that a chat's next turn computes only what is new.
+        Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
+        answer, UsageError for a setting out of range, and what `prompt_ids` raises.
+        """
+        model = self._opened()
+        settings = Settings(
+            max_tokens=max_tokens,
+            sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+            seed=seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        )
+        ids = self.prompt_ids(prompt, thinking=thinking, add_bos=add_bos)
+        return generate(
+            model,
+            self._cache_for(reuse_prefix),
+            ids,
+            settings,
+            end_ids=self._end_ids,
+            detokenizer=self.tokenizer.stream() if self._has_tokenizer else None,
+        )
+
+    def close(self) -> None:
+        """Let go of the model's memory and files. May be called twice."""
+        self._model = None
+        self._cached = None
+        self._checkpoint.close()
+
+    def _opened(self) -> Model:
+        if self._model is None:
+            raise UsageError("the engine is closed")
+        return self._model
+
+    def _cache_for(self, reuse_prefix: bool) -> CachedTokens:
+        if not reuse_prefix:
+            return CachedTokens(LatentCache(self.config, self.max_context))
+        if self._cached is None:
+            self._cached = CachedTokens(LatentCache(self.config, self.max_context))
+        return self._cached
+
+    def _chat_ids(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
+        template = self.chat_template
+        if template is None:
+            raise TemplateError(f"{self.path.name} has no chat template; `--raw` continues text without one")
+        if thinking is not None and not template.switches_thinking:
+            raise UsageError("this model's chat template cannot switch thinking on or off")
+        return template.encode(self.tokenizer, messages, thinking=thinking)
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return (self.path / "tokenizer.json").is_file()
+
+    @cached_property
+    def _end_ids(self) -> frozenset[int]:
+        return self.tokenizer.eos_ids if self._has_tokenizer else end_token_ids(self.path)
+
+
+def _check_device(device: str, vram: int | None) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device!r} is unknown; choose auto, cpu or cuda")
+    if device == "cuda":
+        raise DeviceError("this version of localmoe computes on the CPU; leave out --device cuda")
+    if vram is not None:
+        raise DeviceError("this version of localmoe computes on the CPU and uses no GPU memory; leave out --vram")
+
+
+def _refuse_unquantized(resolved: Resolved, checkpoint: Checkpoint) -> None:
+    """A bare name means the quantized model: running the source instead would take four times the memory."""
+    is_bare_name = resolved.ref.directory is None and resolved.ref.ending is None
+    if is_bare_name and resolved.kind == "source" and checkpoint.quantization is None:
+        raise ModelNotFoundError(
+            f"{resolved.name} is here as its makers ship it, not yet quantized: `localmoe quantize {resolved.name}` "
+            f"does that, {resolved.name}:source runs it as it is"
+        )
+
+
+class _CallableModule(ModuleType):
+    """`localmoe.load` is this module and, by the Python contract, a function: Python sets a package's attribute to
+    the submodule once that is imported, so the module itself takes the call."""
+
+    __call__ = staticmethod(load)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,94 @@
+"""How much memory a model needs, and the context that fits: plain numbers in, a decision out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localmoe.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from localmoe.formats.safetensors import TensorInfo
+    from localmoe.model.config import ModelConfig
+
+_USABLE = 0.9  # of the available memory: the rest is for activations, other programs, and what they read
+_LEAST_CONTEXT = 4096  # tokens for which we rather read experts from the disk than offer less
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """Bytes of a model, by how often they are used."""
+
+    always: int  # read for every token: attention, shared experts, dense layers, routers, head
+    experts: int  # routed experts, of which a token reads a few
+    cache_per_token: int  # of the latent cache, all layers
+
+    @classmethod
+    def of(cls, config: ModelConfig, tensors: Iterable[TensorInfo]) -> MemoryNeeds:
+        """Add up a checkpoint's headers. The MTP layers and the embedding, of which a token reads a row, are
+        left out; `kv_b_proj`, which attention keeps in float32 besides, is counted as such."""
+        mtp = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
+        always = experts = 0
+        for info in tensors:
+            if ".mlp.experts." in info.name and not info.name.startswith(mtp):
+                experts += info.nbytes
+            elif not info.name.startswith((*mtp, "model.embed_tokens.")) or config.tie_word_embeddings:
+                always += info.nbytes
+        kv_b = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+        return cls(
+            always=always + 4 * kv_b * config.num_hidden_layers,
+            experts=experts,
+            cache_per_token=4 * config.latent_width * config.num_hidden_layers,
+        )
+
+    def context_within(self, budget: float) -> int:
+        """Tokens whose latents fit beside all weights, or beside those that every token needs where that would
+        be fewer than 4,096: the experts are mapped, and what does not stay in memory is read from the disk."""
+        beside_all = int(budget - self.always - self.experts) // self.cache_per_token
+        if beside_all >= _LEAST_CONTEXT:
+            return beside_all
+        return min(_LEAST_CONTEXT, int(budget - self.always) // self.cache_per_token)
+
+
+def choose_context(needs: MemoryNeeds, maximum: int, asked: int | None, budget: int | None) -> int:
+    """The context in tokens: `asked`, or the smaller of the model's `maximum` and what fits `budget` bytes.
+
+    A budget of None is not known. Raises UsageError for a context beyond the model's, DeviceError, with the
+    number that would do, where memory does not hold it.
+    """
+    if asked is not None and asked < 1:
+        raise UsageError(f"--ctx {asked}: at least one token is needed")
+    if asked is not None and asked > maximum:
+        raise UsageError(f"--ctx {asked}: the model was made for at most {maximum} tokens")
+    if budget is None:
+        return maximum if asked is None else asked
+    usable = budget * _USABLE
+    wanted = min(maximum, _LEAST_CONTEXT) if asked is None else asked
+    needed = needs.always + wanted * needs.cache_per_token
+    if needed > usable:
+        fits = int(usable - needs.always) // needs.cache_per_token
+        hint = f"; --ctx {fits} would fit" if fits >= 1 else ""
+        raise DeviceError(
+            f"{wanted} tokens of context beside the weights that every token reads need "
+            f"{needed / _USABLE / _GIB:.2f} GiB of memory and there are {budget / _GIB:.2f}{hint}"
+        )
+    return wanted if asked is not None else min(maximum, max(wanted, needs.context_within(usable)))
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that programs can still take without swapping, or None where the kernel does not tell.
+
+    Page cache counts as available: it holds the mapped weights, which is what we want it for.
+    """
+    try:
+        text = meminfo.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None

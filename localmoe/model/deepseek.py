@@ -1,0 +1,94 @@
+"""The whole model in forward order: embedding, blocks, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import InputError
+from localmoe.kernels.dispatch import Kernels
+from localmoe.model.config import ModelConfig
+from localmoe.model.kv_cache import LatentCache
+from localmoe.model.layers import MLP, Linear, RMSNorm, WeightSource, embedding_rows
+from localmoe.model.mla import Attention, Path, Positions, cheaper_path
+from localmoe.model.moe import Experts, MoE
+from localmoe.model.rope import Rope
+
+
+class Block:
+    """One layer: attention and MLP (dense or MoE), each after its norm and added to the stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        layer: int,
+        kernels: Kernels,
+        experts: Callable[[int], Experts],
+    ) -> None:
+        module = f"model.layers.{layer}"
+        self._input_norm = RMSNorm(source, f"{module}.input_layernorm", config.rms_norm_eps)
+        self._attention = Attention(config, source, layer, kernels)
+        self._mlp_norm = RMSNorm(source, f"{module}.post_attention_layernorm", config.rms_norm_eps)
+        self._mlp: MLP | MoE
+        if config.moe_layers[layer]:
+            self._mlp = MoE(config, source, f"{module}.mlp", kernels, experts(layer))
+        else:
+            self._mlp = MLP(source, f"{module}.mlp", kernels)
+
+    def __call__(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
+        """x float32 [T, H] -> [T, H]; the layer's part of `cache` gets this pass's tokens."""
+        x = x + self._attention(self._input_norm(x), positions, cache)
+        return x + self._mlp(self._mlp_norm(x))
+
+
+class Model:
+    """A DeepSeek-style model over weights that stay where `source` has them.
+
+    `experts` supplies each MoE layer's routed experts; `path` forces naive or absorbed attention, and None
+    takes the cheaper one pass by pass.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        kernels: Kernels,
+        experts: Callable[[int], Experts],
+        *,
+        path: Path | None = None,
+    ) -> None:
+        self.config = config
+        self._path = path
+        self._rope = Rope(config)
+        self._embedding = source.tensor("model.embed_tokens.weight")  # [V, H], as stored
+        self._blocks = [
+            Block(config, source, layer, kernels, experts) for layer in range(config.num_hidden_layers)
+        ]
+        self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
+        self._head = Linear(source, "model.embed_tokens" if config.tie_word_embeddings else "lm_head", kernels)
+
+    def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
+        """Run `token_ids` int64 [T] after the tokens in `cache`, which then holds them too.
+
+        Returns float32 logits [T, V], or [1, V] of the last token. Raises InputError for no tokens or an id
+        outside the vocabulary, ContextOverflowError where the cache is full; the cache is unchanged then.
+        """
+        count = len(token_ids)
+        if count == 0:
+            raise InputError("there is no token to run the model on")
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.config.vocab_size:
+            raise InputError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
+        positions = self._positions(cache.length, count)
+        x = embedding_rows(self._embedding, token_ids)  # [T, H]
+        for block in self._blocks:
+            x = block(x, positions, cache)
+        cache.advance(count)
+        return self._head(self._norm(x[-1:] if last_only else x))
+
+    def _positions(self, start: int, count: int) -> Positions:
+        future = torch.ones(count, count, dtype=torch.bool).triu_(1) if count > 1 else None
+        path = self._path or cheaper_path(self.config, count, start + count)
+        return Positions(self._rope.rotations(start, count), future, path)

@@ -1,0 +1,80 @@
+"""The plain parts of a layer: where weights come from, linear, RMSNorm, the gated MLP.
+
+Legend of shape comments, here and in mla.py, moe.py, deepseek.py: T tokens of this pass, S tokens with the
+cached ones, H hidden_size, A attention heads, r kv_lora_rank, n qk_nope_head_dim, p qk_rope_head_dim,
+v v_head_dim, E routed experts, k experts a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from localmoe.formats.weights import Weight
+from localmoe.kernels.dispatch import Kernels
+
+
+class WeightSource(Protocol):
+    """Where weights come from; a Checkpoint is one."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as stored."""
+        ...
+
+    def weight(self, module: str) -> Weight:
+        """A linear module's matrix, in whatever form it is stored; `module` has no `.weight` at its end."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+class Linear:
+    """y = x W^T + b for a matrix in any stored form."""
+
+    def __init__(self, source: WeightSource, module: str, kernels: Kernels, *, bias: bool = False) -> None:
+        self._kernels = kernels
+        self._weight = source.weight(module)
+        self._bias = source.tensor(f"{module}.bias").float() if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [T, in] -> [T, out]."""
+        y = self._kernels.linear(x, self._weight)
+        return y if self._bias is None else y + self._bias
+
+
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, source: WeightSource, module: str, eps: float) -> None:
+        self._weight = source.tensor(f"{module}.weight").float()
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self._weight, self._eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of float32 `x` [..., d] with `weight` [d]."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class MLP:
+    """down(silu(gate x) * up x): a dense layer's MLP and the shared experts (one wide MLP)."""
+
+    def __init__(self, source: WeightSource, module: str, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._gate = source.weight(f"{module}.gate_proj")
+        self._up = source.weight(f"{module}.up_proj")
+        self._down = source.weight(f"{module}.down_proj")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [T, H] -> [T, H]."""
+        return self._kernels.expert(x, self._gate, self._up, self._down)
+
+
+def embedding_rows(table: Tensor, token_ids: Tensor) -> Tensor:
+    """Rows `token_ids` [T] of `table` [V, H] as float32 [T, H]: reads those rows only."""
+    return table[token_ids].to(torch.float32)

@@ -1,0 +1,16 @@
+"""Between what people read and what the model reads: tokenizer, chat template, thinking."""
+
+from localmoe.text.template import ChatTemplate, Message
+from localmoe.text.thinking import Segment, ThinkingSplitter, overlap
+from localmoe.text.tokenizer import StreamingDetokenizer, Tokenizer, end_token_ids
+
+__all__ = [
+    "ChatTemplate",
+    "Message",
+    "Segment",
+    "StreamingDetokenizer",
+    "ThinkingSplitter",
+    "Tokenizer",
+    "end_token_ids",
+    "overlap",
+]

@@ -1,0 +1,70 @@
+"""The latent cache: what it holds, what it costs, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from localmoe.errors import ContextOverflowError
+from localmoe.model.config import ModelConfig
+from localmoe.model.kv_cache import LatentCache
+
+
+@pytest.fixture
+def config(base_config: dict[str, Any]) -> ModelConfig:
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 3}
+    return ModelConfig.from_dict({**base_config, **sizes})
+
+
+def fill(cache: LatentCache, config: ModelConfig, count: int) -> None:
+    for layer in range(config.num_hidden_layers):
+        rows = torch.full((count, 576), float(layer + 1)) + torch.arange(cache.length, cache.length + count)[:, None]
+        cache.append(layer, rows)
+    cache.advance(count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_costs_576_numbers_a_layer_and_nothing_more(config: ModelConfig, dtype: torch.dtype) -> None:
+    cache = LatentCache(config, capacity=1000, dtype=dtype)
+    assert cache.nbytes == 0
+    while cache.length < 1000:
+        fill(cache, config, min(37, 1000 - cache.length))
+    assert cache.nbytes == 1000 * 576 * 3 * dtype.itemsize
+    assert config.latent_width == 576
+
+
+def test_a_long_context_is_paid_for_as_it_fills(config: ModelConfig) -> None:
+    cache = LatentCache(config, capacity=131072)
+    fill(cache, config, 10)
+    assert cache.nbytes == 256 * 576 * 3 * 4
+    fill(cache, config, 990)
+    assert cache.nbytes <= 1.5 * 1024 * 576 * 3 * 4
+
+
+def test_rows_survive_growth(config: ModelConfig) -> None:
+    cache = LatentCache(config, capacity=700)
+    for _ in range(7):
+        fill(cache, config, 100)
+    cache.truncate(699)
+    for layer in range(3):
+        rows = cache.append(layer, torch.zeros(1, 576))
+        assert torch.equal(rows[:699, 5], torch.arange(699) + float(layer + 1))
+        assert rows.shape == (700, 576)
+
+
+def test_overflow_names_both_sizes_and_changes_nothing(config: ModelConfig) -> None:
+    cache = LatentCache(config, capacity=20)
+    fill(cache, config, 18)
+    with pytest.raises(ContextOverflowError, match=r"20 tokens and 21"):
+        cache.append(0, torch.zeros(3, 576))
+    assert cache.length == 18
+
+
+@pytest.mark.parametrize("length", [-1, 19])
+def test_truncate_only_forgets(config: ModelConfig, length: int) -> None:
+    cache = LatentCache(config, capacity=20)
+    fill(cache, config, 18)
+    with pytest.raises(ValueError, match="18"):
+        cache.truncate(length)
