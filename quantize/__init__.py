@@ -1,1 +1,1 @@
-"""From a source checkpoint to an artifact: recipes, the search for scales, one resumable streaming pass, and what it cost."""
+"""From a source checkpoint to an artifact: recipes, scales, one resumable pass, and what it cost."""

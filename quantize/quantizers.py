@@ -7,11 +7,11 @@ q = clamp(round(w / s)). For a given q the best s is <w, q> / <q, q>, and what i
 what is really stored is below absmax's: per group, `mse` is never worse.
 
 Scales take the sign that puts the largest weight on the lowest grid point (-8, -128), as llama.cpp's Q4_0
-does: the grid has one more step on that side. w = q * scale is all that any reader of the format computes, so a negative
-scale is as good as a positive one; on the demo's experts it lowers the error by 6 %.
+does: the grid has one more step on that side. w = q * scale is all that any reader of the format computes,
+so a negative scale is as good as a positive one; on the demo's experts it lowers the error by 6 %.
 
-Every result depends on the weights only, not on the number of threads nor on how rows are cut into chunks: nothing but
-elementwise operations, and sums in a fixed order.
+Scales depend on the weights only, not on the number of threads nor on how rows are cut into chunks: nothing
+but elementwise operations, and sums in a fixed order.
 """
 
 from __future__ import annotations

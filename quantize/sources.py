@@ -1,13 +1,14 @@
 """Reading a source checkpoint a few rows at a time: bf16, fp16, fp32, and DeepSeek's FP8 in blocks.
 
-Rows come straight from the file into fresh memory, never through a mapping, so resident memory is bounded by the
-slab whatever the matrix. What cannot be trusted (NaN, infinity, an FP8 matrix without its scales) is an error that names
-the tensor.
+Rows come straight from the file into fresh memory, never through a mapping, so resident memory is bounded by
+the slab whatever the matrix. What cannot be trusted (NaN, infinity, an FP8 matrix without its scales) is an
+error that names the tensor.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,13 @@ def _check_fp8(checkpoint: Checkpoint, info: TensorInfo) -> None:
 
 
 class SourceReader:
-    """Reads slabs of a checkpoint's tensors; keeps its files open."""
+    """Reads slabs of a checkpoint's tensors, from any thread; keeps its files open."""
 
     def __init__(self, checkpoint: Checkpoint, slab_bytes: int = _SLAB_BYTES) -> None:
         self.checkpoint = checkpoint
         self._slab_bytes = slab_bytes
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -152,19 +154,24 @@ class SourceReader:
     def _read(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """uint8 copy of bytes `start` to `stop` of a tensor."""
         buffer = torch.empty(stop - start, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         try:
-            if info.file not in self._descriptors:
-                self._descriptors[info.file] = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._descriptor(info.file)
             offset = info.offset + start
             while view:
-                count = os.preadv(self._descriptors[info.file], [view], offset)
+                count = os.preadv(descriptor, [view], offset)
                 if count == 0:
                     raise CheckpointError(f"{info.file.name}: ends inside {info.name}; download it again")
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise StorageError(f"{info.file}: cannot be read ({error.strerror})") from error
         return buffer
+
+    def _descriptor(self, file: Path) -> int:
+        with self._opening:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[file]
 
 
 def _check_finite(info: TensorInfo, values: Tensor) -> None:

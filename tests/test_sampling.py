@@ -57,7 +57,7 @@ def test_filters_keep_the_right_tokens_in_the_documented_order(settings: dict[st
         assert [found[token] for token in kept] == pytest.approx(weights.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.999])
 def test_top_p_over_a_large_vocabulary_equals_a_full_sort(top_p: float) -> None:
     """Flat enough at 0.9 and above that the nucleus is beyond the short cut over the likeliest 1,024."""
     logits = torch.randn(20_000, generator=torch.Generator().manual_seed(3))

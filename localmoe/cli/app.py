@@ -30,15 +30,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command("run")(run)
-app.command("chat")(chat)
-app.command("pull")(pull)
-app.command("quantize")(quantize)
-app.command("eval")(evaluate)
-app.command("list")(list_models)
-app.command("show")(show)
-app.command("verify")(verify)
-app.command("rm")(remove)
+for name, function, summary in (
+    ("run", run, "Ask one thing; the answer alone on stdout."),
+    ("chat", chat, "Talk with a model."),
+    ("pull", pull, "Download a model, every file checked."),
+    ("quantize", quantize, "Make a 4-bit model of a source."),
+    ("eval", evaluate, "Perplexity, and the distance to the source."),
+    ("list", list_models, "The models here, and those to pull."),
+    ("show", show, "What a model is, and what 4 bits cost it."),
+    ("verify", verify, "Check every file's hash."),
+    ("rm", remove, "Delete a quantized model."),
+):
+    app.command(name, short_help=summary)(function)
 
 
 def _version(wanted: bool) -> None:

@@ -187,12 +187,11 @@ class Chat:
         return " · ".join(words)
 
     def _statistics(self) -> str:
-        request, engine = self._request, self._engine
-        sampling = ", ".join(f"{name} {value:g}" for name, value in request.sampling.items())
+        engine = self._engine
         lines = [
             f"model     {self._name} ({engine.path})",
             f"kernels   {engine.kernels_tier}",
-            f"sampling  {sampling if request.sampling['temperature'] else 'greedy'}",
+            f"sampling  {settings.as_text(self._request.sampling)}",
             f"turns     {len(self._conversation.turns)}",
         ]
         last = self._last

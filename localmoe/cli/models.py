@@ -23,7 +23,7 @@ _LIST_KEYS = (
     "known [{name, repo, what, parameters, size_bytes, licence, refused}]"
 )
 _RM_KEYS = "removed [path]"
-_VERIFY_KEYS = "model, path, ok, checked, checked_bytes, problems [{file, reason}], unrecorded [file]"
+_VERIFY_KEYS = "model, path, checked, checked_bytes, unrecorded [file]"
 
 
 def pull(
@@ -87,7 +87,7 @@ def list_models(
     rows = [_row(artifact) for artifact in here]
     text = table(("ON THIS MACHINE", "SIZE", "GROUP", "ERROR", ""), rows, ("left", "right", "right", "right", "left"))
     rows = [
-        (entry.name, units.size(entry.size_bytes), entry.parameters, entry.licence, entry.refused or entry.what)
+        (entry.name, units.size(entry.size_bytes), entry.parameters, entry.licence, f"not supported: {entry.refused}" if entry.refused else entry.what)
         for entry in known
     ]
     header = ("TO PULL BY NAME", "DOWNLOAD", "WEIGHTS", "LICENCE", "")
@@ -120,12 +120,14 @@ def verify(
     resolved = store.resolve(model)
     with progress_bar("verify") as advance:
         report = _verified(resolved, _passed_to(advance))
-    if as_json and report.ok:
-        streams.write_json({"model": label(resolved)} | asdict(report) | {"path": str(report.path), "ok": report.ok})
     if not report.ok:
         named = "; ".join(f"{problem.file}: {problem.reason}" for problem in report.problems)
         raise VerificationError(f"{report.path} is damaged: {named}; {_repair(resolved)}")
-    if not as_json:
+    if as_json:
+        record = asdict(report) | {"model": label(resolved), "path": str(report.path)}
+        del record["problems"]  # with one, this is a failure
+        streams.write_json(record)
+    else:
         unrecorded = f", {len(report.unrecorded)} without a recorded hash" if report.unrecorded else ""
         streams.write(
             f"{label(resolved)}: {report.checked} files, {units.size(report.checked_bytes)}, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,14 +12,153 @@ from localmoe import store
 from localmoe.cli import options, streams, units
 from localmoe.cli.failure import Interrupted
 from localmoe.cli.sanitize import printable_line
-from localmoe.errors import ModelNotFoundError, UsageError
+from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.pipeline import Report
+    from localmoe.formats.manifest import Manifest
+    from localmoe.store import ModelRef
+    from quantize.pipeline import Progress, Report
+
+_KEYS = (
+    "model, path, recipe, group_size, grid, already_there, resumed_bytes, parameters, bits_per_weight, source_bytes, "
+    "size_bytes, relative_error, worst [{tensor, scheme, relative_error}], notes"
+)
+_WORST = 3
 
 
-def make_artifact(source: Path, output: Path, recipe: str) -> Report:
-    from quantize import pipeline
-    return pipeline.quantize(source, output, recipe)
-def quantize(model: options.Model, debug: options.Debug = False) -> None:
-    """Quantize."""
+def quantize(
+    model: options.Model,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Where to put it.  [default: localmoe's own store]"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="R", help=f"{', '.join(store.RECIPES)}.  [default: balanced]"),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option("--group-size", metavar="32|64|128", help="Weights that share one scale.")
+    ] = 32,
+    grid: Annotated[
+        str,
+        typer.Option(
+            "--grid", metavar="mse|absmax", help="Search the scales for the least error, or take the largest weight's."
+        ),
+    ] = "mse",
+    method: Annotated[str, typer.Option("--method", metavar="rtn", help="Round to the nearest.")] = "rtn",
+    as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make a 4-bit model of MODEL's source: a name that was pulled, or a directory.
+
+    One pass, a few megabytes at a time. Interrupted, the same command goes on where it stopped. MODEL may end
+    in :RECIPE instead of --recipe.
+    """
+    ref = store.parse_ref(model)
+    chosen = _recipe(ref, recipe)
+    checked = _grid(grid)
+    if group_size not in (32, 64, 128):
+        raise UsageError(f"--group-size: {group_size} is not one of 32, 64, 128")
+    if method != "rtn":
+        raise UsageError(f"--method: {method!r} is not one of rtn")
+    source = _source(ref)
+    target = output if output is not None else store.artifact_dir(ref.name, chosen)
+    report = make_artifact(source, target, chosen, group_size=group_size, grid=checked)
+    name = str(target) if output is not None else f"{ref.name}:{chosen}"
+    if as_json:
+        streams.write_json(_record(name, report))
+    else:
+        streams.write(_summary(name, source, report))
+
+
+def make_artifact(
+    source: Path, output: Path, recipe: str, *, group_size: int = 32, grid: Literal["mse", "absmax"] = "mse"
+) -> Report:
+    """Quantize with a progress bar. Raises Interrupted on Ctrl-C, which loses nothing."""
+    from localmoe.cli.render import progress_bar
+
+    try:
+        with progress_bar("quantize") as advance:
+            from quantize.pipeline import quantize as run_pipeline
+
+            def report(progress: Progress) -> None:
+                item = progress.item if progress.stage == "quantize" else f"check {progress.item}"
+                advance(progress.done_bytes, progress.total_bytes, item)
+
+            return run_pipeline(source, output, recipe, group_size=group_size, grid=grid, progress=report)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on where it stopped") from None
+
+
+def _recipe(ref: ModelRef, flag: str | None) -> str:
+    ending = None if ref.ending == "source" else ref.ending
+    if flag is not None and flag not in store.RECIPES:
+        raise UsageError(f"--recipe: {flag!r} is not one of {', '.join(store.RECIPES)}")
+    if flag is not None and ending is not None and flag != ending:
+        raise UsageError(f"--recipe {flag} contradicts the ending of {ref.name}:{ending}; give one of them")
+    return flag or ending or "balanced"
+
+
+def _grid(text: str) -> Literal["mse", "absmax"]:
+    if text == "mse":
+        return "mse"
+    if text == "absmax":
+        return "absmax"
+    raise UsageError(f"--grid: {text!r} is not one of mse, absmax")
+
+
+def _source(ref: ModelRef) -> Path:
+    if ref.directory is not None:
+        return store.resolve(str(ref.directory)).path
+    return store.resolve(f"{ref.name}:source").path
+
+
+def _record(name: str, report: Report) -> dict[str, Any]:
+    manifest = report.manifest
+    return {
+        "model": name,
+        "path": str(report.output),
+        "recipe": manifest.settings.recipe,
+        "group_size": manifest.settings.group_size,
+        "grid": manifest.settings.grid,
+        "already_there": report.already_there,
+        "resumed_bytes": report.resumed_bytes,
+        "parameters": manifest.totals.parameters,
+        "bits_per_weight": manifest.totals.bits_per_weight,
+        "source_bytes": _source_bytes(manifest),
+        "size_bytes": manifest.totals.bytes,
+        "relative_error": manifest.totals.relative_error,
+        "worst": [
+            {"tensor": tensor, "scheme": scheme, "relative_error": error} for tensor, scheme, error in _worst(manifest)
+        ],
+        "notes": list(manifest.notes),
+    }
+
+
+def _source_bytes(manifest: Manifest) -> int:
+    """The source's shards; `report.source_bytes` counts only what this run read."""
+    return sum(record.bytes for name, record in manifest.source.files.items() if name.endswith(".safetensors"))
+
+
+def _worst(manifest: Manifest) -> list[tuple[str, str, float]]:
+    ranked = sorted(manifest.tensors.items(), key=lambda item: (-item[1].relative_error, item[0]))
+    return [(name, record.scheme, record.relative_error) for name, record in ranked[:_WORST]]
+
+
+def _summary(name: str, source: Path, report: Report) -> str:
+    manifest, totals = report.manifest, report.manifest.totals
+    state = ": was here already" if report.already_there else ""
+    if report.resumed_bytes:
+        state = f": went on after {units.size(report.resumed_bytes)} done earlier"
+    facts = [
+        ("recipe", str(manifest.settings)),
+        ("weights", f"{units.quantity(totals.parameters)}, {totals.bits_per_weight:.2f} bits each"),
+        ("size", f"{units.size(totals.bytes)}, from {units.size(_source_bytes(manifest))} in {source}"),
+        ("error", f"{totals.relative_error:.4f} of the weights' norm"),
+    ]
+    facts += [("worst", f"{error:.4f} {tensor} ({scheme})") for tensor, scheme, error in _worst(manifest)]
+    facts += [("note", note) for note in manifest.notes]
+    facts.append(("in", str(report.output)))
+    lines = [f"{name}{state}", *(f"  {label:<7}  {value}" for label, value in facts)]
+    command = f"localmoe run {shlex.quote(name)} 'Tell me a story about a dragon'"
+    return "".join(f"{printable_line(line)}\n" for line in [*lines, f"next: {command}"])

@@ -25,7 +25,7 @@ _JSON_KEYS = (
 def run(
     model: options.Model,
     prompt_text: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", show_default=False, help="What to ask.")
+        str | None, typer.Argument(metavar="PROMPT", show_default=False, help="What to ask.")
     ] = None,
     file: Annotated[
         list[Path] | None,

@@ -53,6 +53,13 @@ def sampling(flags: Mapping[str, float], name: str, checkpoint: Mapping[str, flo
     return chosen | {"top_k": int(chosen["top_k"])}
 
 
+def as_text(sampling: Mapping[str, float]) -> str:
+    """The settings in words."""
+    if sampling["temperature"] == 0:
+        return "greedy: always the likeliest token"
+    return ", ".join(f"{name} {value:g}" for name, value in sampling.items() if value != GREEDY[name])
+
+
 def advised(name: str) -> dict[str, float]:
     """What models.toml says the makers of `name` advise."""
     from localmoe.hub import registry

@@ -132,8 +132,7 @@ class _Reader:
             ),
             files=self.files("files", top.get("files")),
             tensors={
-                name: self.tensor(name, entry)
-                for name, entry in self.mapping("tensors", top.get("tensors")).items()
+                name: self.tensor(name, entry) for name, entry in self.mapping("tensors", top.get("tensors")).items()
             },
             totals=self.totals(top.get("totals")),
             notes=self.notes(top.get("notes")),
@@ -187,10 +186,7 @@ class _Reader:
         return Totals(
             parameters=self.count("totals.parameters", entry.get("parameters")),
             bytes=self.count("totals.bytes", entry.get("bytes")),
-            **{
-                field.name: self.number(f"totals.{field.name}", entry.get(field.name))
-                for field in fields(Totals)[2:]
-            },
+            **{field.name: self.number(f"totals.{field.name}", entry.get(field.name)) for field in fields(Totals)[2:]},
         )
 
     def notes(self, value: object) -> tuple[str, ...]:

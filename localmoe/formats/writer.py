@@ -39,11 +39,13 @@ _ALLOCATION_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 class CheckpointWriter:
     """An output directory that is being filled. `records` holds what `finish` recorded, of earlier runs too."""
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], journal: Journal, created: bool) -> None:
+    def __init__(self, directory: Path, units: Sequence[Unit], journal: Journal, created: bool) -> None:
+        shards = plan_shards(units)
         self.directory = directory
         self.records: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        self._shards = tuple(shards)
+        self._shards = shards
+        self._unit_bytes = {unit.name: unit.nbytes for unit in units}
         self._journal = journal
         self._created = created  # the directory is ours alone, so giving up may remove it
         self._places = {name: (shard, place) for shard in shards for name, place in shard.places.items()}
@@ -61,10 +63,10 @@ class CheckpointWriter:
         """
         created = claim(directory, settings)
         journal = Journal.open(directory / JOURNAL_NAME)
-        writer = cls(directory, plan_shards(units), journal, created)
+        writer = cls(directory, units, journal, created)
         try:
             writer._check_owner(settings)
-            writer._begin(settings, fingerprint, {unit.name for unit in units})
+            writer._begin(settings, fingerprint)
         except BaseException:
             journal.close()
             raise
@@ -86,18 +88,18 @@ class CheckpointWriter:
             self.close()
 
     def write(self, name: str, data: Tensor, at: int = 0) -> None:
-        """Put `data`'s bytes into tensor `name`, `at` bytes from its beginning. Raises StorageError."""
+        """Put `data`'s bytes into tensor `name`, `at` bytes from its beginning. Any thread may. Raises StorageError."""
         shard, (offset, size) = self._places[name]
-        raw = memoryview(data.contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = data.contiguous().reshape(-1).view(torch.uint8).numpy().data
         if at + len(raw) > size:
             raise ValueError(f"{name} has {size} bytes; {len(raw)} at {at} do not fit")
         self._put(self._descriptors[shard.file], raw, offset + at)
-        self._unsynced += len(raw)
 
     def finish(self, unit: str, record: Mapping[str, Any]) -> None:
         """All of `unit`'s tensors are written; `record` comes back in `records` after a resume."""
         self.records[unit] = dict(record)
         self._pending.append({"unit": unit, "record": self.records[unit]})
+        self._unsynced += self._unit_bytes[unit]
         if self._unsynced >= _SYNC_BYTES:
             self.sync()
 
@@ -175,7 +177,7 @@ class CheckpointWriter:
                 f"{settings}; give it the same options, delete it, or write elsewhere with -o"
             )
 
-    def _begin(self, settings: Settings, fingerprint: str, units: set[str]) -> None:
+    def _begin(self, settings: Settings, fingerprint: str) -> None:
         entries = self._journal.entries
         resumable = bool(entries) and entries[0].get("fingerprint") == fingerprint
         committing = any("committing" in entry for entry in entries)
@@ -184,7 +186,7 @@ class CheckpointWriter:
             return
         for entry in entries[1:]:
             unit, fact = entry.get("unit"), entry.get("fact")
-            if unit in units and isinstance(entry.get("record"), dict):
+            if unit in self._unit_bytes and isinstance(entry.get("record"), dict):
                 self.records[unit] = entry["record"]
             elif isinstance(fact, str) and isinstance(entry.get("value"), dict):
                 self.facts[fact] = entry["value"]
@@ -293,8 +295,7 @@ def claim(directory: Path, settings: Settings) -> bool:
         found = Manifest.read(directory).settings
         if found != settings:
             raise UsageError(
-                f"{directory}: holds another output ({found}), not {settings}; "
-                "delete it or write elsewhere with -o"
+                f"{directory}: holds another output ({found}), not {settings}; delete it or write elsewhere with -o"
             )
     elif names and JOURNAL_NAME not in names:
         raise UsageError(f"{directory}: is not empty and localmoe did not write it; write elsewhere with -o")

@@ -64,9 +64,7 @@ class Model:
         self._path = path
         self._rope = Rope(config)
         self._embedding = source.tensor("model.embed_tokens.weight")  # [V, H], as stored
-        self._blocks = [
-            Block(config, source, layer, kernels, experts) for layer in range(config.num_hidden_layers)
-        ]
+        self._blocks = [Block(config, source, layer, kernels, experts) for layer in range(config.num_hidden_layers)]
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
         self._head = Linear(source, "model.embed_tokens" if config.tie_word_embeddings else "lm_head", kernels)
 

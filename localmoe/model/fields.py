@@ -26,7 +26,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "chunk_size_feed_forward": (0,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
-    "is_decoder": (False, True),
 }
 
 # Parts of names of fields that changed the maths in some model: sliding windows, DSA's indexer, attention

@@ -94,10 +94,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             self._check_text(length)
         return "".join(parts)
 
-    def tick(self) -> None:
-        """One turn of a loop, one call of a macro."""
-        if time.monotonic() > self._deadline:
-            raise LimitError(f"it runs for more than {DEADLINE_SECONDS:.0f} seconds")
+    def tick(self, written: int = 0) -> None:
+        """One turn of a loop or call of a macro, whose body writes `written` characters of the template's own."""
+        self._spend(written)
 
     def pay_for(self, value: Any) -> Any:
         """Charge for a value just made and hand it on. Elements are counted through all levels: a list that
@@ -204,6 +203,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
                 characters += len(item) if count_text else 0
             elif isinstance(item, Mapping):
                 self._spend(_ELEMENT * len(item))
+                pending += item.keys()
                 pending += item.values()
             elif isinstance(item, (list, tuple)):
                 self._spend(_ELEMENT * len(item))
@@ -219,7 +219,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self._allowance -= characters
         if self._allowance < 0:
             raise LimitError("it makes more values than a chat template may")
-        self.tick()
+        if time.monotonic() > self._deadline:
+            raise LimitError(f"it runs for more than {DEADLINE_SECONDS:.0f} seconds")
 
 
 class _Meter(NodeTransformer):
@@ -227,7 +228,8 @@ class _Meter(NodeTransformer):
 
     def _with_tick(self, node: Any) -> Any:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("tick", []), lineno=node.lineno))
+        written = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
+        node.body.insert(0, nodes.ExprStmt(_call("tick", [nodes.Const(written)]), lineno=node.lineno))
         return node
 
     def _paid(self, node: Any) -> Any:
@@ -244,7 +246,6 @@ class _Meter(NodeTransformer):
 
 
 def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
-    # lineno is taken over from the surrounding node by the compiler
     return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
 
 

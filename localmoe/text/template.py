@@ -80,15 +80,15 @@ class ChatTemplate:
 
         template = self._prepared  # a syntax error is reported as such, with its line
         switches = {} if thinking is None else dict.fromkeys(_THINKING_SWITCHES, thinking)
-        variables: dict[str, Any] = {
-            **self._special_tokens,
-            "messages": [_plain_data(message) for message in messages],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **switches,
-        }
         try:
+            variables: dict[str, Any] = {
+                **self._special_tokens,
+                "messages": [_plain_data(message) for message in messages],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **switches,
+            }
             return self._sandbox.render(template, variables)
         except JinjaError as error:
             raise self._error("cannot render this conversation", error) from error
@@ -217,7 +217,10 @@ def _encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
     dropped, and what stands around it is plain text or a token by itself, never joined to one.
     """
     control = tokenizer.control_tokens
-    pieces = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]|({tokenizer.control_pattern.pattern})")
+    first = "".join(map(re.escape, {_OPEN, _CLOSE, *(token[0] for token in control)}))  # most characters are none
+    pieces = re.compile(
+        f"(?=[{first}])(?:{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]|({tokenizer.control_pattern.pattern}))"
+    )
     ids: list[int] = []
     plain: list[str] = []
     end = 0

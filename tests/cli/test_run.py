@@ -70,7 +70,7 @@ def test_files_are_named_in_the_prompt(invoke, engine, tmp_path: Path):
         (["Hi", "--top-k", "-1"], b"", (), 2, "--top-k"),
         (["Hi", "--min-p", "2"], b"", (), 2, "--min-p"),
         (["Hi", "-n", "0"], b"", (), 2, "-n"),
-        (["Hi", "-n", "many"], b"", (), 2, "many"),
+        (["Hi", "-n", "many"], b"", (), 2, "valid integer"),
         (["Hi", "--device", "tpu"], b"", (), 2, "--device: 'tpu' is not one of auto, cpu, cuda"),
         (["Hi", "--kernels", "sse"], b"", (), 2, "--kernels"),
         (["Hi", "--vram", "12"], b"", (), 2, "--vram: '12' is not a size; write it as 12GiB or 12GB"),

@@ -214,8 +214,7 @@ def test_no_value_of_any_field_raises_anything_else(config: dict[str, Any]) -> N
         for variant in variants:
             try:
                 read = ModelConfig.from_dict(variant)
-            except UnsupportedModelError as error:
-                assert len(str(error)) < 250
+            except UnsupportedModelError:
                 continue
             assert bool(inverse_frequencies(read).isfinite().all())
             assert math.isfinite(softmax_scale(read) * rotation_scale(read.yarn))

@@ -50,7 +50,9 @@ def tokens(count: int, vocabulary: int = 211, seed: int = 0) -> Tensor:
     return torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_demo_equals_transformers_on_independently_dequantized_weights(demo: Checkpoint, tmp_path: Path) -> None:
+def test_the_demo_equals_transformers_on_independently_dequantized_weights(
+    demo: Checkpoint, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     dense = {}
@@ -77,7 +79,9 @@ def test_the_demo_equals_transformers_on_independently_dequantized_weights(demo:
     parts = [model.forward(token_ids[start : start + 61], cache) for start in range(0, 183, 61)]
     parts += [model.forward(token_ids[i : i + 1], cache) for i in range(183, 200)]
     ours = torch.cat(parts)
-    assert float((ours - wanted).abs().max() / wanted.abs().max()) < 1e-4
+    error = float((ours - wanted).abs().max() / wanted.abs().max())
+    record_property("relative_error", error)
+    assert error < 1e-4
     assert torch.equal(ours.argmax(dim=1), wanted.argmax(dim=1))
 
 

@@ -97,9 +97,7 @@ def test_logits_and_greedy_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize("name", ["v2-lite", "v3-v3", "glm-flash"])
-def test_greedy_tokens_equal_transformers_own_generate(
-    name: str, transformers_model: Callable[..., Any]
-) -> None:
+def test_greedy_tokens_equal_transformers_own_generate(name: str, transformers_model: Callable[..., Any]) -> None:
     opened = transformers_model(seed=99, **ALL[name])
     model, cache = opened.ours(), opened.cache()
     prompt = torch.randint(0, 211, (PROMPT,), generator=torch.Generator().manual_seed(99))

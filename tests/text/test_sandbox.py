@@ -52,6 +52,9 @@ HUGE = {
     "translate": "{{ 'aaa'.translate({97: 'x' * 99999}) }}",
     "output": "{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
     "constant": "{{ 'x' | center(99999999999) }}",
+    "set block": "{% set x %}{% for i in range(99999) %}" + "x" * 99999 + "{% endfor %}{% endset %}",
+    "block": "{% block a %}x{{ self.a() }}{{ self.a() }}{% endblock %}",
+    "dict keys": "{% set x = 'x' * 9999999 %}{{ [{x: 1}] * 9999 }}",
     "lipsum": "{{ lipsum(n=99999) }}",
     "accumulated": "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + ['x' * 999999] %}{% endfor %}",
 }

@@ -1,0 +1,215 @@
+"""`localmoe quantize`: one streaming pass from a source checkpoint to an artifact, which a kill does not lose.
+
+    source shards -> plan -> stream -> shards, then config, tokenizer, index, and the manifest last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from localmoe.errors import CheckpointError, UsageError
+from localmoe.formats.checkpoint import INDEX_NAME
+from localmoe.formats.journal import JOURNAL_NAME
+from localmoe.formats.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    Settings,
+    Source,
+    TensorRecord,
+    Totals,
+)
+from localmoe.formats.scheme import GROUP_SIZES, Scheme
+from localmoe.formats.writer import CheckpointWriter, claim
+from quantize.hashing import SourceHasher, sha256_of, stamp
+from quantize.plan import Plan, plan
+from quantize.progress import Meter, OnProgress
+from quantize.quantizers import GRIDS, Grid, ordered_sum, relative_error
+from quantize.recipes import recipe_named
+from quantize.sources import SourceReader, open_source
+from quantize.stream import Conversion, stream
+
+CARRIED_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
+    "LICENSE", "LICENSE.txt", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE",
+)  # fmt: skip
+"""Small files that come along unchanged, by name: nothing that could be code."""
+
+_LARGEST_CARRIED = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call of `quantize` did. `already_there`: nothing; `resumed_bytes`: read by an earlier, interrupted run."""
+
+    output: Path
+    manifest: Manifest
+    already_there: bool
+    source_bytes: int
+    resumed_bytes: int
+
+
+def quantize(
+    source: Path,
+    output: Path,
+    recipe: str,
+    *,
+    group_size: int = 32,
+    grid: Grid = "mse",
+    progress: OnProgress | None = None,
+) -> Report:
+    """Quantize the checkpoint in `source` into the directory `output`.
+
+    Interrupted, it goes on where it was when called again with the same arguments; the output's bytes depend
+    on the source and the arguments only. An output that is complete already is left as it is.
+
+    Raises UsageError (unknown recipe, a group size or grid that does not exist, a source that is quantized,
+    an `output` that holds something else), CheckpointError and UnsupportedModelError for the source,
+    StorageError for the disk.
+    """
+    settings = _checked_settings(recipe, group_size, grid)
+    with open_source(source) as checkpoint, SourceReader(checkpoint) as reader:
+        carried = _carried(source)
+        shards = sorted({info.file for info in checkpoint.tensors.values()})
+        inputs = [*shards, *(source / name for name in carried)]
+        meter = Meter(progress)
+        if output.exists():
+            claim(output, settings)
+            finished = _finished(output, settings, inputs, meter)
+            if finished is not None:
+                return Report(output, finished, True, sum(path.stat().st_size for path in shards), 0)
+        decided = plan(reader, recipe_named(recipe), group_size)
+        fingerprint = _fingerprint(settings, decided, inputs)
+        with (
+            CheckpointWriter.open(output, settings, fingerprint, decided.units) as writer,
+            SourceHasher(writer.facts) as hasher,
+        ):
+            resumed = stream(decided, Conversion(reader, writer, grid, meter), hasher)
+            for path in inputs:
+                hasher.start(path)
+            hashes = hasher.results()
+            small = {name: data for name, data in carried.items() if name in CARRIED_FILES}
+            small["config.json"] = _json(decided.config)
+            meter.restart("hash", sum(unit.nbytes for unit in decided.units))
+            manifest = writer.commit(
+                small,
+                lambda files: _manifest(settings, decided, _source(source, hashes), writer, files),
+                lambda count, file: meter.add(count, file),
+            )
+    return Report(output, manifest, False, sum(job.source.nbytes for job in decided.jobs), resumed)
+
+
+def _checked_settings(recipe: str, group_size: int, grid: str) -> Settings:
+    recipe_named(recipe)
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"group size {group_size}: it must be one of {', '.join(map(str, GROUP_SIZES))}")
+    if grid not in GRIDS:
+        raise UsageError(f"unknown grid {grid[:40]!r}: the grids are {', '.join(GRIDS)}")
+    return Settings(recipe, group_size, grid)
+
+
+def _carried(source: Path) -> dict[str, bytes]:
+    """Contents of config.json, the index and the small files that come along, by name."""
+    contents = {}
+    for name in ("config.json", INDEX_NAME, *CARRIED_FILES):
+        path = source / name
+        if not path.is_file():
+            continue
+        try:
+            if path.stat().st_size > _LARGEST_CARRIED:
+                raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are too many for this file")
+            contents[name] = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    return contents
+
+
+def _fingerprint(settings: Settings, decided: Plan, inputs: list[Path]) -> str:
+    """Changes when anything changes that the output's bytes depend on."""
+    value = {
+        "format": FORMAT,
+        "localmoe": version("localmoe"),
+        "settings": str(settings),
+        "inputs": stamp(inputs),
+        "config": decided.config,
+        "tensors": [
+            (name, str(dtype), shape) for unit in decided.units for name, (dtype, shape) in unit.tensors.items()
+        ],
+    }
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(output: Path, settings: Settings, inputs: list[Path], meter: Meter) -> Manifest | None:
+    """The manifest of an output that is complete and was made from these very inputs."""
+    if not (output / MANIFEST_NAME).is_file() or (output / JOURNAL_NAME).exists():
+        return None
+    manifest = Manifest.read(output)
+    sizes = {path.name: path.stat().st_size for path in inputs}
+    whole = all(
+        (output / name).is_file() and (output / name).stat().st_size == record.bytes
+        for name, record in manifest.files.items()
+    )
+    recorded = {name: record.bytes for name, record in manifest.source.files.items()}
+    if not whole or manifest.settings != settings or recorded != sizes or manifest.localmoe != version("localmoe"):
+        return None
+    meter.restart("hash", sum(sizes.values()))
+    for path in inputs:
+        name = path.name
+        if sha256_of(path, lambda count, name=name: meter.add(count, name)) != manifest.source.files[name]:  # type: ignore[misc]
+            return None
+    return manifest
+
+
+def _source(directory: Path, hashes: Mapping[str, FileRecord]) -> Source:
+    """Hub name and revision come from the hub cache's own layout, models--ORG--NAME/snapshots/REVISION."""
+    parts = directory.absolute().parts[-3:]
+    name = revision = None
+    if len(parts) == 3 and parts[1] == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", parts[2]):
+        match = re.fullmatch(r"models--([A-Za-z0-9._-]+?)--([A-Za-z0-9._-]+)", parts[0])
+        name, revision = (f"{match[1]}/{match[2]}", parts[2]) if match else (None, None)
+    return Source(name, revision, hashes)
+
+
+def _manifest(
+    settings: Settings,
+    decided: Plan,
+    source: Source,
+    writer: CheckpointWriter,
+    files: Mapping[str, FileRecord],
+) -> Manifest:
+    tensors, errors, norms = {}, [], []
+    for job in decided.jobs:
+        if job.scheme is None:
+            continue
+        record = writer.records[job.unit.name]
+        error, norm = float(record["squared_error"]), float(record["squared_norm"])
+        errors.append(error)
+        norms.append(norm)
+        tensors[job.unit.name] = TensorRecord(_scheme_name(job.scheme), relative_error(error, norm))
+    parameters = sum(job.parameters for job in decided.jobs)
+    size = sum(unit.nbytes for unit in decided.units)
+    totals = Totals(
+        parameters=parameters,
+        bytes=size,
+        bits_per_weight=round(8 * size / parameters, 4),
+        relative_error=relative_error(ordered_sum(torch.tensor(errors)), ordered_sum(torch.tensor(norms))),
+    )
+    return Manifest(version("localmoe"), settings, source, files, tensors, totals, decided.notes)
+
+
+def _scheme_name(scheme: Scheme) -> str:
+    return f"{scheme.kind}-g{scheme.group_size}"
+
+
+def _json(config: Mapping[str, object]) -> bytes:
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,172 @@
+"""What becomes of every tensor of a source, decided from the headers before the first byte is written."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+
+from localmoe.errors import CheckpointError, UnsupportedModelError
+from localmoe.formats.safetensors import TensorInfo
+from localmoe.formats.scheme import QuantizationConfig, Scheme
+from localmoe.formats.shards import Unit
+from quantize.recipes import Recipe, part_of
+from quantize.sources import FLOATS, FP8, SCALE, SourceReader
+
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
+"""The architectures whose module names the recipes know (localmoe.model reads the same ones)."""
+
+Action = Literal["quantize", "widen", "copy"]
+"""`widen`: FP8 that stays unquantized becomes bf16."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One source tensor and the output tensors it becomes."""
+
+    action: Action
+    source: TensorInfo
+    unit: Unit
+    scheme: Scheme | None = None
+
+    @property
+    def parameters(self) -> int:
+        return prod(self.source.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs, in the order of the output; the config to write; sentences for the user."""
+
+    jobs: tuple[Job, ...]
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [job.unit for job in self.jobs]
+
+    @property
+    def reading_order(self) -> list[Job]:
+        """The jobs as their sources lie in the files."""
+        return sorted(self.jobs, key=lambda job: (job.source.file.name, job.source.offset))
+
+
+def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
+    """Decide for every tensor of an unquantized checkpoint.
+
+    Reads the MTP layer's copies of embedding and head, to drop those that equal the main model's.
+    Raises UnsupportedModelError for a `model_type` that the recipes do not know, CheckpointError for a
+    tensor that cannot be what its name says.
+    """
+    checkpoint = reader.checkpoint
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory / 'config.json'}: model_type {str(model_type)[:40]!r} is not supported; "
+            f"localmoe quantizes {', '.join(MODEL_TYPES)}"
+        )
+    dropped = _equal_copies(reader)
+    jobs, kept_back = [], []
+    for info in sorted(checkpoint.tensors.values(), key=lambda info: _natural(info.name)):
+        if info.name in dropped or info.name.endswith(SCALE):
+            continue
+        job = _job(info, recipe, group_size, tied=bool(checkpoint.config.get("tie_word_embeddings")))
+        jobs.append(job)
+        if job.scheme is None and _module(info) is not None:
+            kept_back.append(info)
+    quantized = [module for job in jobs if job.scheme is not None and (module := _module(job.source))]
+    config = recipe.quantization_config(group_size)
+    stray = [module for info in kept_back if (module := _module(info)) and config.scheme_for(module)]
+    config = recipe.quantization_config(group_size, _ignore_patterns(stray, quantized))
+    _check_agreement(jobs, config)
+    notes = [f"{name} equals {twin} and is left out" for name, twin in dropped.items()]
+    notes += _undivided(kept_back, recipe, group_size)
+    fp8 = any(info.dtype == FP8 for info in checkpoint.tensors.values())
+    return Plan(tuple(jobs), _output_config(checkpoint.config, config, fp8), tuple(sorted(notes)))
+
+
+def _job(info: TensorInfo, recipe: Recipe, group_size: int, *, tied: bool) -> Job:
+    module = info.name.removesuffix(".weight")
+    part = part_of(module) if info.name.endswith(".weight") else None
+    scheme = recipe.scheme(part, group_size) if part and not (tied and part == "head") else None
+    if scheme is not None:
+        if len(info.shape) != 2 or info.dtype not in (*FLOATS, FP8) or 0 in info.shape:
+            raise CheckpointError(
+                f"{info.file.name}: {info.name} should be a matrix of floats; it is {info.dtype} {list(info.shape)}"
+            )
+        if scheme.divides(info.shape[1]):
+            return Job("quantize", info, Unit(module, scheme.tensors(module, *info.shape)), scheme)
+    if info.dtype == FP8:
+        return Job("widen", info, Unit(info.name, {info.name: (torch.bfloat16, info.shape)}))
+    return Job("copy", info, Unit(info.name, {info.name: (info.dtype, info.shape)}))
+
+
+def _equal_copies(reader: SourceReader) -> dict[str, str]:
+    """MTP tensors that equal the main model's, with the name of what they equal."""
+    tensors = reader.checkpoint.tensors
+    head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+    twins = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": head}
+    found = {}
+    for name in sorted(tensors, key=_natural):
+        match = re.fullmatch(r"model\.layers\.\d+\.(embed_tokens\.weight|shared_head\.head\.weight)", name)
+        if match and (twin := twins[match[1]]) in tensors and reader.equal(name, twin):
+            found[name] = twin
+    return found
+
+
+def _module(info: TensorInfo) -> str | None:
+    """The name of the module whose matrix this is."""
+    return info.name.removesuffix(".weight") if len(info.shape) == 2 and info.name.endswith(".weight") else None
+
+
+def _ignore_patterns(modules: Iterable[str], quantized: Iterable[str]) -> tuple[str, ...]:
+    """`ignore` entries for just these modules: a regex over all layers where it hits nothing else, else the name."""
+    names = "\n".join(quantized)
+    entries: dict[str, None] = {}
+    for module in modules:
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(module)) + "$"
+        entries[module if re.search(f"^{pattern}", names, re.MULTILINE) else f"re:{pattern}"] = None
+    return tuple(entries)
+
+
+def _check_agreement(jobs: Iterable[Job], config: QuantizationConfig) -> None:
+    """Readers find a module's scheme through the patterns alone: they must give what was planned."""
+    for job in jobs:
+        module = _module(job.source)
+        if module is not None and config.scheme_for(module) != job.scheme:
+            raise CheckpointError(f"{job.source.file.name}: {job.source.name} is a name that localmoe has no rule for")
+
+
+def _undivided(infos: Iterable[TensorInfo], recipe: Recipe, group_size: int) -> list[str]:
+    """Notes on matrices that the recipe means to quantize and that the group does not divide."""
+    counts: Counter[tuple[str, int, int]] = Counter()
+    for info in infos:
+        module = info.name.removesuffix(".weight")
+        part = part_of(module)
+        scheme = recipe.scheme(part, group_size) if part else None
+        if scheme is not None and not scheme.divides(info.shape[1]):
+            counts[re.sub(r"\d+", "*", module), info.shape[1], scheme.group_size] += 1
+    return [
+        f"{modules} ({count} of them) stays unquantized: its rows of {length} are not a multiple of {size}"
+        for (modules, length, size), count in counts.items()
+    ]
+
+
+def _output_config(source: dict[str, Any], quantization: QuantizationConfig, fp8: bool) -> dict[str, Any]:
+    """The source's config.json with our `quantization_config`; without its remote code, which stays behind."""
+    config = {key: value for key, value in source.items() if key not in ("quantization_config", "auto_map")}
+    if fp8:
+        spelled = [key for key in ("dtype", "torch_dtype") if key in config]
+        config |= dict.fromkeys(spelled or ["torch_dtype"], "bfloat16")
+    return config | {"quantization_config": quantization.to_dict()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

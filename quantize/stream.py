@@ -1,0 +1,134 @@
+"""The streaming pass: source matrices in, stored tensors out, a slab of rows at a time.
+
+    SourceReader -> slab of rows -> quantize_rows -> CheckpointWriter
+
+Each core takes a matrix of its own and runs torch on one thread: the operations are too short to be worth
+splitting, and a barrier after each would wait for whatever else the machine is doing. Memory holds a slab a core,
+whatever the size of the matrix, the shard or the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from localmoe.errors import CheckpointError
+from localmoe.formats.writer import CheckpointWriter
+from quantize.hashing import SourceHasher
+from quantize.plan import Job, Plan
+from quantize.progress import Meter
+from quantize.quantizers import Grid, quantize_rows
+from quantize.sources import SourceReader
+
+_MOST_WORKERS = 16  # Python between the operations is what more would wait for
+
+Record = dict[str, float]
+
+
+class _StoppedError(Exception):
+    """Another job failed, or the user pressed Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What every job needs."""
+
+    reader: SourceReader
+    writer: CheckpointWriter
+    grid: Grid
+    meter: Meter
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, job: Job) -> Record:
+        """Do one job; returns its squared error and squared norm, or nothing where it is not quantized."""
+        if job.action == "copy":
+            for at, piece in self.reader.pieces(job.source.name):
+                self._check_stop()
+                self.writer.write(job.source.name, piece, at)
+                self.meter.add(piece.nbytes, job.source.name)
+            return {}
+        module = job.source.name.removesuffix(".weight")
+        written: dict[str, int] = {}  # bytes so far, by output tensor
+        error = norm = 0.0
+        for slab in self.reader.matrix(job.source.name):
+            self._check_stop()
+            if job.scheme is None:
+                parts = {"weight": slab.rows.to(torch.bfloat16)}
+            else:
+                quantized = quantize_rows(slab.rows, job.scheme, self.grid)
+                parts = quantized.parts
+                error += quantized.squared_error
+                norm += quantized.squared_norm
+            for suffix, data in parts.items():
+                name = f"{module}.{suffix}"
+                self.writer.write(name, data, written.get(name, 0))
+                written[name] = written.get(name, 0) + data.nbytes
+            self.meter.add(slab.source_bytes, job.source.name)
+        if f"{module}.weight_shape" in job.unit.tensors:
+            self.writer.write(f"{module}.weight_shape", torch.tensor(job.source.shape, dtype=torch.int64))
+        if not (math.isfinite(error) and math.isfinite(norm)):
+            raise CheckpointError(f"{job.source.file.name}: {job.source.name} has values too large for weights")
+        return {"squared_error": error, "squared_norm": norm} if job.scheme else {}
+
+    def _check_stop(self) -> None:
+        if self.stopped.is_set():
+            raise _StoppedError
+
+
+def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher) -> int:
+    """Do every job that is not done yet; returns the source bytes of those that an earlier run did.
+
+    Raises what a job raises, of the first that failed in reading order.
+    """
+    writer, meter = conversion.writer, conversion.meter
+    meter.restart("quantize", sum(job.source.nbytes for job in decided.jobs))
+    resumed = 0
+    remembered: set[str] = set()
+    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    waiting: deque[tuple[Job, Future[Record]]] = deque()
+
+    def finish_oldest() -> None:
+        job, future = waiting.popleft()
+        writer.finish(job.unit.name, future.result())
+        for name, fact in hasher.finished().items():
+            if name not in remembered:
+                remembered.add(name)
+                writer.remember(name, fact)
+
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        try:
+            for job in decided.reading_order:
+                if job.unit.name in writer.records:
+                    resumed += job.source.nbytes
+                    meter.add(job.source.nbytes, job.source.name)
+                    continue
+                hasher.start(job.source.file)
+                waiting.append((job, pool.submit(conversion.run, job)))
+                if len(waiting) > 2 * workers:
+                    finish_oldest()
+            while waiting:
+                finish_oldest()
+        except BaseException:
+            conversion.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return resumed
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Threads that start inside run torch's operations by themselves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,57 @@
+"""Whatever goes wrong: one line, a kind, an exit status."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from localmoe import store
+from localmoe.cli.failure import describe
+from localmoe.errors import DeviceError, GateError
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "status", "message"),
+    [
+        (DeviceError("no such card"), "device", 1, "no such card"),
+        (GateError("two\nlines \x1b[31m"), "gate", 1, "two lines [31m"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), "storage", 1, "/x: No space left on device; free"),
+        (PermissionError(errno.EACCES, "Permission denied", "/y"), "storage", 1, "/y: Permission denied; check"),
+        (MemoryError(), "memory", 1, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory", 1, "not enough memory"),
+        (KeyboardInterrupt(), "interrupted", 130, "interrupted"),
+        (ZeroDivisionError("division by zero"), "internal", 1, "ZeroDivisionError: division by zero"),
+        (AssertionError(), "internal", 1, "AssertionError"),
+    ],
+)
+def test_describe(error, kind, status, message):
+    failure = describe(error)
+    assert (failure.kind, failure.exit_code) == (kind, status)
+    assert failure.message.startswith(message)
+    assert failure.message.isprintable()
+
+
+def test_an_unforeseen_failure_is_one_line_that_names_debug(invoke, engine, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(engine, "generate", fail)
+    outcome = invoke("run", "demo", "Hi")
+    assert outcome.status == 1
+    assert outcome.err.startswith("localmoe: ZeroDivisionError: division by zero (")
+    assert "--debug" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(invoke, monkeypatch):
+    def fail(ref, *, all):  # noqa: A002
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "remove", fail)
+    outcome = invoke("rm", "demo", "--json")
+    assert outcome.status == 1
+    assert outcome.json["error"] == {
+        "kind": "storage",
+        "message": "No space left on device; free some space, then run the same command again",
+    }

@@ -1,0 +1,157 @@
+"""The program as a process: exit statuses, closed and full streams, signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REAL = (sys.executable, "-m", "localmoe")
+
+
+def test_help_is_quick_and_imports_no_torch(program):
+    code = (
+        "import sys; from localmoe.cli.app import main; status = main(['--help']);"
+        "heavy = [m for m in ('torch', 'numpy', 'rich', 'prompt_toolkit', 'huggingface_hub', 'tokenizers')"
+        " if m in sys.modules]; print('HEAVY', heavy); sys.exit(status)"
+    )
+    program.command = (sys.executable, "-c", code)
+    outcome = program.run(text=True)
+    assert outcome.returncode == 0
+    assert "HEAVY []" in outcome.stdout
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        program.command = REAL
+        assert program.run("--help").returncode == 0
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.3
+
+
+def test_version(program):
+    program.command = REAL
+    outcome = program.run("--version", text=True)
+    assert outcome.returncode == 0
+    assert outcome.stdout.startswith("localmoe 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--nonsense"], ["nonsense"], ["run"], ["run", "demo:fast", "Hi"], ["quantize", "demo", "--recipe", "fast"]],
+)
+def test_wrong_usage_is_2(program, arguments):
+    outcome = program.run(*arguments, text=True, stdin=subprocess.DEVNULL)
+    assert outcome.returncode == 2
+    assert outcome.stdout == ""
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stderr.strip()
+
+
+def test_a_reader_that_leaves(program):
+    program.environment["FAKE_ANSWER"] = "word " * 50
+    program.environment["FAKE_DELAY"] = "0.01"
+    process = program.start("run", "demo", "Hi", stdin=subprocess.DEVNULL, stdout=-1, stderr=-1)
+    assert process.stdout.read(20) == b"word word word word "
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"], ["run", "demo", "Hi", "--json"]])
+def test_a_reader_that_was_never_there(program, arguments):
+    process = program.start(*arguments, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("arguments", [["run", "demo", "Hi"], ["run", "demo", "Hi", "--json"], ["list"]])
+def test_a_full_disk_at_stdout(program, arguments):
+    with Path("/dev/full").open("wb") as full:
+        outcome = program.run(*arguments, capture_output=False, stdin=subprocess.DEVNULL, stdout=full, stderr=-1)
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith(b"localmoe: standard output cannot be written: No space left on device")
+    assert outcome.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"), [("<&-", 0), ("2>&-", 0), (">&-", 1), ("<&- >&- 2>&-", 1), ("< /", 1)]
+)
+def test_closed_streams(program, redirection, status):
+    line = " ".join([*program.command, "run demo Hi", redirection])
+    outcome = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=30, env=program.environment)
+    assert outcome.returncode == status
+    assert outcome.stdout == ("" if status else "Once upon a time.\n")
+    assert "Traceback" not in outcome.stderr
+    assert "Exception ignored" not in outcome.stderr
+
+
+def test_ctrl_c_leaves_what_was_generated(program):
+    program.environment["FAKE_ANSWER"] = "one two three " + "more " * 40
+    program.environment["FAKE_DELAY"] = "0.1"
+    process = program.start("run", "demo", "Hi", stdin=subprocess.DEVNULL, stdout=-1, stderr=-1)
+    assert process.stdout.read(7) == b"one two"
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert rest.startswith(b" three") or rest == b"\n"
+    assert errors == b""
+
+
+def test_ctrl_c_with_json(program):
+    program.environment["FAKE_ANSWER"] = "more " * 40
+    program.environment["FAKE_DELAY"] = "0.1"
+    process = program.start("run", "demo", "two words", "--json", stdin=subprocess.DEVNULL, stdout=-1, stderr=-1)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    record = json.loads(output)
+    assert record["finish_reason"] == "interrupted"
+    assert record["prompt_tokens"] == 2
+    assert record["completion_tokens"] == len(record["text"].split()) > 0
+    assert errors == b""
+
+
+def test_ctrl_c_while_reading_stdin(program):
+    process = program.start("run", "demo", "Hi", stdin=-1, stdout=-1, stderr=-1)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert process.stdout.read() == b""
+    assert process.stderr.read() == b"localmoe: interrupted\n"
+    for stream in (process.stdin, process.stdout, process.stderr):
+        stream.close()
+
+
+def test_large_stdin_and_nuls(program):
+    program.environment["FAKE_CONTEXT"] = "100000000"
+    outcome = program.run("run", "demo", "Hi", input=b"a\0 b\n" * 2_000_000)
+    assert outcome.returncode == 0
+    assert outcome.stdout == b"Once upon a time.\n"
+
+
+def test_invalid_utf8_on_stdin(program):
+    outcome = program.run("run", "demo", input=b"good \xc3\x28")
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith(b"localmoe: standard input is not valid UTF-8 at byte 5")
+
+
+def test_chat_wants_a_terminal(program):
+    outcome = program.run("chat", "demo", input=b"Hi\n")
+    assert outcome.returncode == 2
+    assert b"localmoe run" in outcome.stderr
+
+
+def test_debug_shows_the_traceback(program):
+    outcome = program.run("show", "/nowhere", "--debug", text=True)
+    assert outcome.returncode == 1
+    assert "Traceback" in outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == "localmoe: /nowhere is not a directory"
