@@ -1,6 +1,6 @@
 """`localmoe quantize`: one streaming pass from a source checkpoint to an artifact, which a kill does not lose.
 
-    source shards -> plan -> stream -> shards, then config, tokenizer, index, and the manifest last
+source shards -> plan -> stream -> shards, then config, tokenizer, index, and the manifest last
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def _ignore_patterns(modules: Iterable[str], quantized: Iterable[str]) -> tuple[
     entries: dict[str, None] = {}
     for module in modules:
         pattern = re.sub(r"\d+", r"\\d+", re.escape(module)) + "$"
-        entries[module if re.search(f"^{pattern}", names, re.MULTILINE) else f"re:{pattern}"] = None
+        plain = r"\d+" not in pattern or re.search(f"^{pattern}", names, re.MULTILINE) is not None
+        entries[module if plain else f"re:{pattern}"] = None
     return tuple(entries)
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 
 from localmoe.errors import CheckpointError
+from localmoe.formats import nf4
+from localmoe.formats.scheme import NF4_BLOCK
 from localmoe.formats.writer import CheckpointWriter
 from quantize.hashing import SourceHasher
 from quantize.plan import Job, Plan
@@ -94,6 +96,9 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher) -> int:
     remembered: set[str] = set()
     workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
     waiting: deque[tuple[Job, Future[Record]]] = deque()
+    if any(job.scheme is not None and job.scheme.kind == "nf4" for job in decided.jobs):
+        # bitsandbytes registers its operators while it is imported: not in two threads at once.
+        nf4.quantize(torch.zeros(1, NF4_BLOCK))
 
     def finish_oldest() -> None:
         job, future = waiting.popleft()

@@ -113,9 +113,7 @@ def collect(
     return answer
 
 
-def _steps(
-    engine: Engine, prompt: str | Sequence[Message], request: Request, reuse_prefix: bool
-) -> Iterator[Step]:
+def _steps(engine: Engine, prompt: str | Sequence[Message], request: Request, reuse_prefix: bool) -> Iterator[Step]:
     return engine.generate(
         prompt,
         max_tokens=request.max_tokens,

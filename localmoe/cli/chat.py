@@ -158,7 +158,7 @@ class Chat:
         finally:
             self._printer.finish()
         self._last = answer
-        _say(self._afterword(answer))
+        _say(self._afterword(answer) + "\n")
         if not answer.text:
             return False
         self._unanswered = None
@@ -167,10 +167,9 @@ class Chat:
 
     def _numbered(self) -> Request:
         """The request with a seed of its own, so that with --seed the chat repeats but /regen does not."""
-        if self._request.seed is None:
-            return self._request
-        request = self._request
-        self._request = replace(request, seed=(request.seed + 1) % (1 << 63))
+        request, seed = self._request, self._request.seed
+        if seed is not None:
+            self._request = replace(request, seed=(seed + 1) % (1 << 63))
         return request
 
     def _afterword(self, answer: Answer) -> str:

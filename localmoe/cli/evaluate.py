@@ -11,7 +11,7 @@ import typer
 from localmoe.cli import options, prompt, streams
 
 if TYPE_CHECKING:
-    from quantize.evaluate import Evaluation
+    from quantize.evaluate import Evaluation, EvaluationProgress
 
 _KEYS = (
     "tokens",
@@ -59,8 +59,12 @@ def evaluate(
     with ExitStack() as opened:
         engine = opened.enter_context(open_engine(model, machine)[1])
         other = opened.enter_context(open_engine(reference, machine)[1]) if reference is not None else None
-        advance = opened.enter_context(progress_bar("eval"))
-        result = measure(engine, content, reference=other, progress=lambda done, total: advance(done, total, ""))
+        advance = opened.enter_context(progress_bar("eval", counts="tokens"))
+
+        def report(progress: EvaluationProgress) -> None:
+            advance(progress.done_tokens, progress.total_tokens, "tokens")
+
+        result = measure(engine, content, reference=other, progress=report)
     if as_json:
         streams.write_json({key: getattr(result, key) for key in _KEYS})
     else:

@@ -14,10 +14,6 @@ INTERRUPTED = 130
 READER_GONE = 141
 
 
-class Interrupted(Exception):
-    """Ctrl-C, with a word about what was kept. Raised by commands that can go on later."""
-
-
 @dataclass(frozen=True)
 class Failure:
     """What a failed command reports: `kind` is stable, `message` is one line."""
@@ -33,10 +29,8 @@ def describe(error: BaseException) -> Failure:
         return Failure(error.kind, _line(error), error.exit_code)
     if isinstance(error, typer.TyperException):
         return _wrong_usage(error)
-    if isinstance(error, Interrupted):
-        return Failure("interrupted", _line(error), INTERRUPTED)
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return Failure("interrupted", "interrupted", INTERRUPTED)
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):  # a command that can go on later says so in it
+        return Failure("interrupted", _line(error) or "interrupted", INTERRUPTED)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises RuntimeError
         return Failure("memory", "not enough memory; close other programs, or try a smaller model or --ctx", 1)
     if isinstance(error, OSError):
@@ -55,7 +49,8 @@ def _wrong_usage(error: typer.TyperException) -> Failure:
     message = printable_line(error.format_message()).rstrip(".")
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "localmoe"
-    return Failure("usage", f"{message}; see {where} --help", error.exit_code)
+    stop = "" if message.endswith("?") else "."
+    return Failure("usage", f"{message}{stop} See {where} --help", error.exit_code)
 
 
 def _storage(error: OSError) -> str:

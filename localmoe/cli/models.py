@@ -9,12 +9,11 @@ import typer
 
 from localmoe import store
 from localmoe.cli import options, streams, units
-from localmoe.cli.failure import Interrupted
 from localmoe.cli.sanitize import printable_line
 from localmoe.errors import VerificationError
 
 if TYPE_CHECKING:
-    from localmoe.hub import OnProgress, Progress, VerifyReport
+    from localmoe.hub import KnownModel, OnProgress, Progress, VerifyReport
     from localmoe.store import Artifact, Resolved
 
 _PULL_KEYS = "name, repo, commit, path, size_bytes, received_bytes, files [{name, size_bytes, state}]"
@@ -47,7 +46,7 @@ def pull(
         with progress_bar("pull") as advance:
             report = hub.pull(ref, revision=revision, progress=_passed_to(advance))
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; what is here is kept, and the same command goes on from there") from None
+        raise KeyboardInterrupt("interrupted; what is here is kept, and the same command goes on from there") from None
     if as_json:
         record = asdict(report) | {"path": str(report.path), "size_bytes": report.size_bytes}
         streams.write_json(record)
@@ -86,12 +85,9 @@ def list_models(
 
     rows = [_row(artifact) for artifact in here]
     text = table(("ON THIS MACHINE", "SIZE", "GROUP", "ERROR", ""), rows, ("left", "right", "right", "right", "left"))
-    rows = [
-        (entry.name, units.size(entry.size_bytes), entry.parameters, entry.licence, f"not supported: {entry.refused}" if entry.refused else entry.what)
-        for entry in known
-    ]
-    header = ("TO PULL BY NAME", "DOWNLOAD", "WEIGHTS", "LICENCE", "")
-    streams.write(f"{text}\n\n{table(header, rows, ('left', 'right', 'right', 'left', 'left'))}\n")
+    names = [(entry.name, units.size(entry.size_bytes), _about(entry)) for entry in known]
+    catalogue = table(("TO PULL BY NAME", "DOWNLOAD", ""), names, ("left", "right", "left"))
+    streams.write(f"{text}\n\n{catalogue}\n")
 
 
 def remove(
@@ -149,6 +145,10 @@ def _repair(resolved: Resolved) -> str:
         return f"localmoe pull {resolved.name} repairs it"
     name = f"{resolved.name}:{resolved.recipe}"
     return f"localmoe rm {name}, then localmoe quantize {resolved.name} --recipe {resolved.recipe}"
+
+
+def _about(known: KnownModel) -> str:
+    return f"{known.parameters}: {known.what}" if known.refused is None else f"not supported: {known.refused}"
 
 
 def _row(artifact: Artifact) -> tuple[str, str, str, str, str]:

@@ -28,9 +28,7 @@ Model = Annotated[
         help="A name known to localmoe, a hub repo id, or a directory. A name or id may end in :RECIPE or :source.",
     ),
 ]
-Device = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
-]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
 KernelTier = Annotated[
     str,
     typer.Option(

@@ -10,14 +10,14 @@ import typer
 
 from localmoe import store
 from localmoe.cli import options, streams, units
-from localmoe.cli.failure import Interrupted
 from localmoe.cli.sanitize import printable_line
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from localmoe.formats.manifest import Manifest
     from localmoe.store import ModelRef
-    from quantize.pipeline import Progress, Report
+    from quantize.pipeline import Report
+    from quantize.progress import Progress
 
 _KEYS = (
     "model, path, recipe, group_size, grid, already_there, resumed_bytes, parameters, bits_per_weight, source_bytes, "
@@ -74,7 +74,7 @@ def quantize(
 def make_artifact(
     source: Path, output: Path, recipe: str, *, group_size: int = 32, grid: Literal["mse", "absmax"] = "mse"
 ) -> Report:
-    """Quantize with a progress bar. Raises Interrupted on Ctrl-C, which loses nothing."""
+    """Quantize with a progress bar. Ctrl-C loses nothing."""
     from localmoe.cli.render import progress_bar
 
     try:
@@ -87,7 +87,7 @@ def make_artifact(
 
             return run_pipeline(source, output, recipe, group_size=group_size, grid=grid, progress=report)
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command goes on where it stopped") from None
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
 
 
 def _recipe(ref: ModelRef, flag: str | None) -> str:

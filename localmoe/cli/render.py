@@ -3,78 +3,95 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from localmoe.cli import streams
 from localmoe.cli.sanitize import printable_line
 
 Advance = Callable[[int, int, str], None]
-"""Told the bytes done, the bytes in total, and the name of what is being worked on."""
+"""Told how much is done, how much there is in total, and the name of what is being worked on."""
 
 _PIPE_WIDTH = 10_000  # nothing is cut or wrapped for a program that reads the table
-_ITEM_WIDTH = 32
+_SHORTEST_ITEM = 12
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Advance]:
-    """Bytes, rate and time left on standard error while the block runs; nothing when that is not a terminal."""
+def progress_bar(title: str, *, counts: Literal["bytes", "tokens"] = "bytes") -> Iterator[Advance]:
+    """What is done and the time left, for bytes the rate too, on standard error while the block runs; nothing when
+    that is not a terminal."""
     if not streams.is_terminal(sys.stderr):
         yield lambda done, total, item: None
         return
+    console = Console(file=sys.stderr, highlight=False)
+    console.width -= 4  # for the ^C that a terminal adds; in a full line it would begin another, which stays there
+    one_line = Column(no_wrap=True)
+    amount: list[ProgressColumn] = [MofNCompleteColumn(table_column=one_line)]
+    if counts == "bytes":
+        amount = [DownloadColumn(binary_units=True, table_column=one_line), TransferSpeedColumn(one_line)]
+    bar_width = max(4, min(24, console.width - 66))
+    item_width = console.width - bar_width - 52
     bar = Progress(
-        TextColumn(printable_line(title), markup=False),
-        BarColumn(bar_width=None),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[item]}", markup=False),
-        console=Console(file=sys.stderr, highlight=False),
+        TextColumn(printable_line(title), markup=False, table_column=one_line),
+        BarColumn(bar_width, table_column=Column(min_width=bar_width, no_wrap=True)),
+        *amount,
+        TimeRemainingColumn(table_column=one_line),
+        TextColumn("{task.fields[item]}", markup=False, table_column=one_line),
+        console=console,
         transient=True,
     )
     with bar:
         task = bar.add_task("", total=None, item="")
 
         def advance(done: int, total: int, item: str) -> None:
-            bar.update(task, completed=done, total=total, item=_tail(printable_line(item)))
+            bar.update(task, completed=done, total=total, item=_tail(printable_line(item), item_width))
 
         yield advance
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: Sequence[Literal["left", "right"]]) -> str:
-    """Rows under a header, as text; fitted to the terminal when standard output is one."""
-    terminal = streams.is_terminal(sys.stdout)
+    """Rows under a header, as text. On a terminal the last column wraps to fit, so that lines can be copied whole."""
     file = io.StringIO()
     console = Console(
-        file=file,
-        width=None if terminal else _PIPE_WIDTH,
-        force_terminal=terminal,
-        highlight=False,
-        markup=False,
-        emoji=False,
+        file=file, width=_table_width([header, *rows]), color_system=None, highlight=False, markup=False, emoji=False
     )
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name, justify in zip(header, align, strict=True):
-        grid.add_column(name, justify=justify, overflow="fold")
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, (name, justify) in enumerate(zip(header, align, strict=True), start=1):
+        grid.add_column(name, justify=justify, overflow="fold", no_wrap=number < len(header))
     for row in rows:
         grid.add_row(*(Text(printable_line(cell)) for cell in row))
     console.print(grid)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def _tail(name: str) -> str:
-    return name if len(name) <= _ITEM_WIDTH else "…" + name[-_ITEM_WIDTH + 1 :]
+def _table_width(rows: Sequence[Sequence[str]]) -> int:
+    """The terminal's width, or what it takes to cut no number and leave the last column room for some words."""
+    if not streams.is_terminal(sys.stdout):
+        return _PIPE_WIDTH
+    widths = [max(map(cell_len, column)) + 2 for column in zip(*rows, strict=True)]
+    return max(shutil.get_terminal_size().columns, sum(widths[:-1]) + min(widths[-1], 24))
+
+
+def _tail(name: str, width: int) -> str:
+    """The end of a name, which tells tensors apart; nothing where there is no room to tell."""
+    if len(name) <= width:
+        return name
+    return "…" + name[-width + 1 :] if width >= _SHORTEST_ITEM else ""

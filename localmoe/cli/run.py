@@ -39,7 +39,9 @@ def run(
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")
+    ] = False,
     think: options.Think = None,
     show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_JSON_KEYS))] = False,

@@ -18,7 +18,7 @@ _DROPPED = [
     *range(0x2066, 0x206A),  # bidi isolates
     *range(0xFFF9, 0xFFFC),  # interlinear annotations, which hide text
 ]
-_TABLE: dict[int, str | None] = dict.fromkeys(_DROPPED) | {code: _REPLACEMENT for code in range(0xD800, 0xE000)}
+_TABLE: dict[int, str | None] = dict.fromkeys(_DROPPED) | dict.fromkeys(range(0xD800, 0xE000), _REPLACEMENT)
 _LINE_TABLE = _TABLE | {ord(character): " " for character in "\n\t\r\v\f\x85\u2028\u2029"}
 
 

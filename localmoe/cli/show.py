@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _KEYS = (
     "model, kind (artifact, source), path, recipe, group_size, grid, source {name, revision}, parameters, "
     "bits_per_weight, size_bytes, relative_error, errors [{part, scheme, matrices, mean_relative_error, "
-    "max_relative_error}], worst [{tensor, scheme, relative_error}], notes, sampling, config, files [{name, size_bytes}]"
+    "max_relative_error}], worst [{tensor, scheme, relative_error}], notes, sampling, config, "
+    "files [{name, size_bytes}]"
 )
 _WORST = 5
 _PARTS = (  # the first that a module's name contains
@@ -190,8 +191,8 @@ def _text(description: Description) -> str:
         rows = [(f"  {row[0]}", *row[1:]) for row in rows]
         blocks += ["", table(header, rows, ("left", "left", "right", "right", "right"))]
     blocks += ["", *(f"  note: {printable_line(note)}" for note in description.notes)] if description.notes else []
-    rows = [(f"  {file.name}", units.size(file.size_bytes)) for file in description.files]
-    blocks += ["", table(("  FILE", "SIZE"), rows, ("left", "right"))]
+    files = [(f"  {file.name}", units.size(file.size_bytes)) for file in description.files]
+    blocks += ["", table(("  FILE", "SIZE"), files, ("left", "right"))]
     return "\n".join(blocks) + "\n"
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+_SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+
 
 def size(count: int) -> str:
-    """Bytes with three or more digits, 1024-based: `9.12 GiB`."""
-    number = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            break
-        number /= 1024
-    else:
-        unit = "TiB"
-    return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
+    """Bytes with three digits, 1024-based: `9.12 GiB`."""
+    power = 0
+    while power < 4 and count >= 1024 ** (power + 1):
+        power += 1
+    number = count / 1024**power
+    return f"{number:.0f} {_SIZES[power]}" if number >= 100 else f"{number:.3g} {_SIZES[power]}"
 
 
 def quantity(count: int) -> str:

@@ -8,8 +8,8 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
-import subprocess
 import termios
 import time
 from collections.abc import Iterator
@@ -40,6 +40,7 @@ class Typist:
         )
         os.close(slave)
         self.raw = ""
+        self._at = 0
 
     @property
     def seen(self) -> str:
@@ -49,19 +50,26 @@ class Typist:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def expect(self, text: str, *, after: int = 0, timeout: float = 8) -> int:
-        """Wait until `text` shows up after position `after` of `seen`; returns where it ends."""
-        deadline = time.monotonic() + timeout
-        while (found := self.seen.find(text, after)) < 0:
-            remaining = deadline - time.monotonic()
-            assert remaining > 0, f"no {text!r} in:\n{self.seen[after:]}"
-            assert self._read(remaining), f"the program ended (no {text!r}):\n{self.seen[after:]}"
-        return found + len(text)
+    def say(self, line: str) -> None:
+        """Wait for the prompt, then type a line: keys typed before it belong to the terminal, not to the editor."""
+        self.expect(PROMPT)
+        self.type(line + "\r")
 
-    def wait(self) -> int:
-        while self._read(15):
-            pass
-        return self.process.wait(timeout=15)
+    def expect(self, text: str, *, timeout: float = 15) -> None:
+        """Wait until `text` shows up after what was expected before."""
+        deadline = time.monotonic() + timeout
+        while (found := self.seen.find(text, self._at)) < 0:
+            remaining = deadline - time.monotonic()
+            assert remaining > 0, f"no {text!r} in:\n{self.seen[self._at :]}"
+            assert self._read(remaining), f"the program ended (no {text!r}):\n{self.seen[self._at :]}"
+        self._at = found + len(text)
+
+    def wait(self, timeout: float = 15) -> int:
+        """Read until the program ends; returns its exit status."""
+        deadline = time.monotonic() + timeout
+        while self._read(0.2):
+            assert time.monotonic() < deadline, f"still running:\n{self.seen[self._at :]}"
+        return self.process.wait(timeout=timeout)
 
     def close(self) -> None:
         self.process.kill()
@@ -94,32 +102,30 @@ def sit_down(program) -> Iterator:
 
 def test_a_conversation(sit_down, home):
     typist = sit_down("--system", "Be brief")
-    at = typist.expect("demo:balanced · context 64 tokens · /help")
-    at = typist.expect(PROMPT, after=at)
-    typist.type("Tell me a story\r")
-    at = typist.expect("Once upon a time.\n", after=at)
-    at = typist.expect("4 tokens · 6.0 tokens/s · context 10/64", after=at)  # 2 words of system, 4, 4
-    at = typist.expect(PROMPT, after=at)
-    typist.type("And then?\r")
-    at = typist.expect("context 16/64", after=at)
-    typist.type("/regen\r")
-    at = typist.expect("context 16/64", after=at)  # the last answer was replaced, not added
-    typist.type("/stats\r")
-    at = typist.expect("turns     2", after=at)
-    at = typist.expect("context   16 of 64 tokens (25%)", after=at)
-    typist.type("/reset\r")
-    at = typist.expect("forgotten", after=at)
-    typist.type("/system\r")
-    at = typist.expect("Be brief", after=at)
-    typist.type("/system Be very verbose\r")
-    at = typist.expect("set;", after=at)
-    typist.type("Hello\r")
-    at = typist.expect("context 8/64", after=at)
-    typist.type("/help\r")
-    at = typist.expect("/regen", after=at)
-    typist.type("/stat\r")
-    at = typist.expect("did you mean /stats?", after=at)
-    typist.type("/exit\r")
+    typist.expect("demo:balanced · context 64 tokens · /help")
+    typist.say("Tell me a story")
+    typist.expect("Once upon a time.\n")
+    typist.expect("4 tokens · 6.0 tokens/s · context 10/64")  # 2 words of system, 4 asked, 4 answered
+    typist.say("And then?")
+    typist.expect("context 16/64")
+    typist.say("/regen")
+    typist.expect("context 16/64")  # the last answer was replaced, not added
+    typist.say("/stats")
+    typist.expect("turns     2")
+    typist.expect("context   16 of 64 tokens (25%)")
+    typist.say("/reset")
+    typist.expect("forgotten")
+    typist.say("/system")
+    typist.expect("Be brief")
+    typist.say("/system Be very verbose")
+    typist.expect("set;")
+    typist.say("Hello")
+    typist.expect("context 8/64")
+    typist.say("/help")
+    typist.expect("/regen")
+    typist.say("/stat")
+    typist.expect("did you mean /stats?")
+    typist.say("/exit")
     assert typist.wait() == 0
     history = home / "chat_history"
     assert "+Tell me a story" in history.read_text()
@@ -128,63 +134,59 @@ def test_a_conversation(sit_down, home):
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(sit_down):
     typist = sit_down(FAKE_ANSWER="one two three " + "more " * 50, FAKE_DELAY="0.1")
-    at = typist.expect(PROMPT)
-    typist.type("Count\r")
-    at = typist.expect("one two", after=at)
+    typist.say("Count")
+    typist.expect("one two")
     typist.type("\x03")
-    at = typist.expect("stopped", after=at)
-    at = typist.expect(PROMPT, after=at)
-    typist.type("/stats\r")
-    at = typist.expect("turns     1", after=at)
+    typist.expect("stopped")
+    typist.say("/stats")
+    typist.expect("turns     1")
+    typist.expect(PROMPT)
     typist.type("\x04")
     assert typist.wait() == 0
 
 
 def test_stopped_before_the_first_word(sit_down):
     typist = sit_down(FAKE_ANSWER="slow", FAKE_DELAY="1.5")
-    at = typist.expect(PROMPT)
-    typist.type("Hello there\r")
-    time.sleep(0.3)
+    typist.say("Hello there")
+    time.sleep(0.5)
     typist.type("\x03")
-    at = typist.expect("stopped before the first word; /regen asks again", after=at)
-    typist.type("/regen\r")
-    at = typist.expect("slow\n", after=at)
-    at = typist.expect("context 3/64", after=at)
-    typist.type("/stats\r")
-    typist.expect("turns     1", after=at)
+    typist.expect("stopped before the first word; /regen asks again")
+    typist.say("/regen")
+    typist.expect("slow\n")
+    typist.expect("context 3/64")
+    typist.say("/stats")
+    typist.expect("turns     1")
 
 
 def test_ctrl_c_at_the_prompt_hints_then_leaves(sit_down):
     typist = sit_down()
-    at = typist.expect(PROMPT)
+    typist.expect(PROMPT)
     typist.type("half a line\x03")
-    at = typist.expect(PROMPT, after=at)
+    typist.expect(PROMPT)
     typist.type("\x03")
-    at = typist.expect("Ctrl-C again, Ctrl-D or /exit leaves", after=at)
-    at = typist.expect(PROMPT, after=at)
+    typist.expect("Ctrl-C again, Ctrl-D or /exit leaves")
+    typist.expect(PROMPT)
     typist.type("\x03")
     assert typist.wait() == 0
 
 
 def test_a_full_context_is_said_and_the_conversation_kept(sit_down):
     typist = sit_down(FAKE_CONTEXT="12")
-    at = typist.expect(PROMPT)
-    typist.type("one two\r")
-    at = typist.expect("context 6/12", after=at)
-    typist.type("one two three four five six\r")
-    at = typist.expect("no longer fits the context of 12 tokens", after=at)
-    typist.type("one two three\r")
-    at = typist.expect("the context is full; /reset", after=at)  # cut off by the context, and remembered
-    typist.type("/reset\r")
-    at = typist.expect("forgotten", after=at)
-    typist.type("one\r")
-    typist.expect("context 5/12", after=at)
+    typist.say("one two")
+    typist.expect("context 6/12")
+    typist.say("one two three four five six")
+    typist.expect("no longer fits the context of 12 tokens")
+    typist.say("one two three")
+    typist.expect("the context is full; /reset")  # cut off by the context, and remembered
+    typist.say("/reset")
+    typist.expect("forgotten")
+    typist.say("one")
+    typist.expect("context 5/12")
 
 
 def test_thinking_is_dim_and_control_characters_are_gone(sit_down):
     typist = sit_down(FAKE_TEMPLATE="think", FAKE_ANSWER="hm\x07 </think>\n\nred \x1b[31m \u202ealert")
-    typist.expect(PROMPT)
-    typist.type("Go\r")
+    typist.say("Go")
     typist.expect("tokens/s")
     assert "\x1b[2mhm\x1b[0m" in typist.raw
     assert "red [31m alert" in typist.seen
@@ -196,36 +198,30 @@ def test_thinking_is_dim_and_control_characters_are_gone(sit_down):
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
 def test_no_colour_where_none_is_wanted(sit_down, environment):
     typist = sit_down(**environment)
-    at = typist.expect(PROMPT)
-    typist.type("Hello\r")
-    typist.expect("context 5/64", after=at)
+    typist.say("Hello")
+    typist.expect("context 5/64")
     assert not re.search(r"\x1b\[[0-9;]*[1-9][0-9;]*m", typist.raw)
 
 
 def test_alt_enter_and_paste_keep_lines(sit_down):
     typist = sit_down()
-    at = typist.expect(PROMPT)
-    typist.type("one\x1b\rtwo\r")
-    at = typist.expect("context 6/64", after=at)
-    typist.type("\x1b[200~three\nfour\x1b[201~\r")
-    typist.expect("context 12/64", after=at)
+    typist.say("one\x1b\rtwo")
+    typist.expect("context 6/64")
+    typist.say("\x1b[200~three\nfour\x1b[201~")
+    typist.expect("context 12/64")
 
 
-def test_a_model_that_cannot_chat_says_so_at_once(program):
-    program.environment["FAKE_TEMPLATE"] = "none"
-    typist = Typist(program, "chat", "demo")
+def test_a_model_that_cannot_chat_says_so_at_once(sit_down):
+    typist = sit_down(FAKE_TEMPLATE="none")
     assert typist.wait() == 1
     assert "has no chat template" in typist.seen
-    typist.close()
 
 
 def test_chat_ends_with_the_terminal(sit_down):
     typist = sit_down()
     typist.expect(PROMPT)
-    typist.process.send_signal(1)  # SIGHUP: the window was closed
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        typist.process.wait(timeout=10)
-    assert typist.process.poll() is not None
+    typist.process.send_signal(signal.SIGHUP)  # the window was closed
+    assert typist.process.wait(timeout=15) != 0
 
 
 def test_conversation_alternates_roles():

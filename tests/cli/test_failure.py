@@ -45,7 +45,7 @@ def test_an_unforeseen_failure_is_one_line_that_names_debug(invoke, engine, monk
 
 
 def test_a_full_disk_is_one_line(invoke, monkeypatch):
-    def fail(ref, *, all):  # noqa: A002
+    def fail(ref, *, all):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store, "remove", fail)

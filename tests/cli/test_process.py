@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import json
+import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -24,13 +28,14 @@ def test_help_is_quick_and_imports_no_torch(program):
     outcome = program.run(text=True)
     assert outcome.returncode == 0
     assert "HEAVY []" in outcome.stdout
-    times = []
+    program.command = REAL
+    seconds = []  # of processor time: the wall clock depends on what else the machine does
     for _ in range(5):
-        started = time.perf_counter()
-        program.command = REAL
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert program.run("--help").returncode == 0
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.3
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3
 
 
 def test_version(program):
@@ -106,23 +111,27 @@ def test_ctrl_c_leaves_what_was_generated(program):
 
 
 def test_ctrl_c_with_json(program):
-    program.environment["FAKE_ANSWER"] = "more " * 40
-    program.environment["FAKE_DELAY"] = "0.1"
-    process = program.start("run", "demo", "two words", "--json", stdin=subprocess.DEVNULL, stdout=-1, stderr=-1)
-    time.sleep(1.5)
+    program.environment |= {"FAKE_TEMPLATE": "think", "FAKE_ANSWER": "more " * 40, "FAKE_DELAY": "0.1"}
+    arguments = ("run", "demo", "two words", "--json", "--show-thinking")
+    process = program.start(*arguments, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1)
+    assert process.stderr.read(9) == b"more more"
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     record = json.loads(output)
     assert record["finish_reason"] == "interrupted"
     assert record["prompt_tokens"] == 2
-    assert record["completion_tokens"] == len(record["text"].split()) > 0
-    assert errors == b""
+    assert record["completion_tokens"] == len(record["thinking"].split()) >= 2
 
 
 def test_ctrl_c_while_reading_stdin(program):
     process = program.start("run", "demo", "Hi", stdin=-1, stdout=-1, stderr=-1)
-    time.sleep(0.7)
+    process.stdin.write(b"more is to come")
+    process.stdin.flush()
+    waiting = array.array("i", [1])
+    while waiting[0]:  # until the program has taken it and waits for the rest
+        time.sleep(0.05)
+        fcntl.ioctl(process.stdin, termios.FIONREAD, waiting)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert process.stdout.read() == b""

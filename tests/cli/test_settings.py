@@ -51,7 +51,7 @@ def test_models_toml_is_asked():
 )
 def test_a_wrong_user_config_is_refused_by_name(text, message):
     path = write_config(text)
-    with pytest.raises(UsageError, match="config.toml") as caught:
+    with pytest.raises(UsageError, match=r"config\.toml") as caught:
         settings.user_sampling()
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
@@ -72,7 +72,7 @@ def test_generation_config(tmp_path, content, expected):
 
 def test_a_wrong_generation_config_is_named(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
-    with pytest.raises(CheckpointError, match="generation_config.json: temperature"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature"):
         settings.from_checkpoint(tmp_path)
 
 
