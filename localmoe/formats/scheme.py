@@ -77,8 +77,7 @@ class SchemeGroup:
 def _matches(module: str, targets: Iterable[str]) -> bool:
     """Whether a name or an `re:` pattern of `targets` is for `module` (patterns match from the start)."""
     return any(
-        re.match(target[3:], module) is not None if target.startswith("re:") else target == module
-        for target in targets
+        re.match(target[3:], module) is not None if target.startswith("re:") else target == module for target in targets
     )
 
 
@@ -112,9 +111,7 @@ class QuantizationConfig:
             "quant_method": self.method,
             "format": "pack-quantized" if self.method == "compressed-tensors" else "nf4",
             "quantization_status": "compressed",
-            "config_groups": {
-                f"group_{index}": _group_to_dict(group) for index, group in enumerate(self.groups)
-            },
+            "config_groups": {f"group_{index}": _group_to_dict(group) for index, group in enumerate(self.groups)},
             "ignore": list(self.ignore),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,

@@ -2,6 +2,7 @@
 
 Run as a program it takes localmoe's own arguments. FAKE_ANSWER is what every answer says, FAKE_DELAY the seconds
 before each token, FAKE_TEMPLATE what the chat template does: "plain", "think" (ends in <think>), "switch", "none".
+FAKE_TTY makes stdin its controlling terminal.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def from_environment() -> FakeEngine:
 
 
 if __name__ == "__main__":
+    if "FAKE_TTY" in os.environ:  # a session's leader that opens a terminal gets it as its controlling one
+        os.close(os.open(os.ttyname(0), os.O_RDWR))
     from localmoe.cli import opening
     from localmoe.cli.app import main
 

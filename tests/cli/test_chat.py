@@ -34,9 +34,9 @@ class Typist:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            # This terminal answers no question about where its cursor is.
-            environment={"PROMPT_TOOLKIT_NO_CPR": "1"},
+            # FAKE_TTY: the program makes stdin its controlling terminal, so that Ctrl-C reaches it (a preexec_fn may
+            # deadlock in a process with threads). And this terminal answers no question about where its cursor is.
+            environment={"FAKE_TTY": "1", "PROMPT_TOOLKIT_NO_CPR": "1"},
         )
         os.close(slave)
         self.raw = ""
