@@ -1,4 +1,4 @@
-"""The C++ kernels: matrix-vector products over the on-disk layout, on threads of their own.
+"""The C++ kernels: products over the on-disk layout, on threads of their own.
 
 int4 and int8 weights meet activations that are rounded to int8, with a scale for every 32 of them; the
 integer dot products are exact, so against the reference a result differs by that rounding and by the order
@@ -7,17 +7,19 @@ of float32 additions only. bf16 weights meet float32 activations. csrc/ holds th
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 from localmoe.kernels import _cpu
+from localmoe.kernels.cores import physical_cores
 
 TIERS = ("portable", "avx2", "avxvnni", "avx512")
 """From the plainest to the widest; `avx512` means F, BW, VL and VNNI."""
+
+MATVEC_TOKENS = 8
+"""Up to so many rows the int8-activation kernels are used: reading the weights dominates. Above it, one
+dequantization is shared by enough rows for float32 matrix products to win."""
 
 
 def available_tiers() -> tuple[str, ...]:
@@ -26,50 +28,41 @@ def available_tiers() -> tuple[str, ...]:
     return tuple(tier for tier in TIERS if tier in supported)
 
 
-def physical_cores() -> int:
-    """Physical cores this process may use: the memory bus gains nothing from SMT siblings."""
-    allowed = os.sched_getaffinity(0)
-    cores: set[str] = set()
-    for index in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text().strip())
-        except OSError:  # containers may hide the topology: every processor counts
-            cores.add(str(index))
-    return max(1, len(cores))
-
-
 class Backend:
-    """One kernel tier and one thread pool, which lives as long as this object."""
+    """One kernel tier and one team of threads, which lives as long as this object."""
 
-    def __init__(self, tier: str, threads: int) -> None:
-        self.threads = threads
-        self._kernels = _cpu.Kernels(tier, threads)
+    def __init__(self, tier: str, threads: int | None = None) -> None:
+        cores = physical_cores()
+        self.threads = threads or len(cores)
+        self._kernels = _cpu.Kernels(tier, self.threads, cores)
 
-    def takes(self, weight: Weight) -> bool:
-        """Whether there is a native kernel for this form of weight."""
+    def matrix(self, weight: Weight) -> _cpu.Matrix | None:
+        """What the kernels know of a stored matrix, or None where there is no native kernel for its form."""
         match weight:
-            case Int4Weight() | Int8Weight():
-                return True
-            case DenseWeight():
-                return weight.tensor.dtype == torch.bfloat16
+            case Int4Weight():
+                return _cpu.Matrix.int4(weight.packed, weight.scale, weight.group_size)
+            case Int8Weight():
+                return _cpu.Matrix.int8(weight.packed, weight.scale, weight.group_size)
+            case DenseWeight() if weight.tensor.dtype == torch.bfloat16:
+                return _cpu.Matrix.bf16(weight.tensor)
             case _:
-                return False
+                return None
 
-    def linear(self, x: Tensor, weight: Weight) -> Tensor:
-        """x @ W^T: float32 [T, in] -> float32 [T, out]. `takes(weight)` must hold.
+    def linear(self, x: Tensor, matrix: _cpu.Matrix) -> Tensor:
+        """x @ W^T: float32 [T, in] -> float32 [T, out].
 
         A row's result does not depend on the other rows, nor on the number of threads.
         """
-        x = x.contiguous()
-        result = torch.empty(x.shape[0], weight.out_features, dtype=torch.float32)  # [T, out]
-        match weight:
-            case Int4Weight():
-                self._kernels.linear_int4(x, weight.packed, weight.scale, weight.group_size, result)
-            case Int8Weight():
-                self._kernels.linear_int8(x, weight.packed, weight.scale, weight.group_size, result)
-            case DenseWeight():
-                self._kernels.linear_bf16(x, weight.tensor, result)
-            case _:
-                raise TypeError(f"no native kernel for {type(weight).__name__}")
+        result = torch.empty(x.shape[0], matrix.out_features)
+        self._kernels.linear(x.contiguous(), matrix, result)
+        return result
+
+    def experts(self, experts: _cpu.Experts, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, in ascending order, then the shared expert's output.
+
+        hidden float32 [T, H], expert_ids int64 [T, k], weights float32 [T, k] -> float32 [T, H]. Every expert named
+        must have been set; the same holds for rows as in `linear`.
+        """
+        result = torch.empty_like(hidden)
+        self._kernels.experts(experts, hidden, expert_ids, weights, result)
         return result

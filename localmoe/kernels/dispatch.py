@@ -5,18 +5,17 @@ T = tokens. Activations are float32; weights stay as they are stored.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Callable
+
 from torch import Tensor
 
 from localmoe.errors import DeviceError, UsageError
 from localmoe.formats.weights import Weight
 from localmoe.kernels import cpu, reference
+from localmoe.kernels.experts import ExpertProducts, ExpertWeights
+from localmoe.kernels.profile import Profile
 
 TIERS = ("auto", "reference", *cpu.TIERS)
-
-MATVEC_TOKENS = 8
-"""Up to so many rows the int8-activation kernels are used: reading the weights dominates. Above it, one
-dequantization is shared by enough rows for float32 matrix products to win."""
 
 
 class Kernels:
@@ -24,7 +23,8 @@ class Kernels:
 
     def __init__(self, tier: str, backend: cpu.Backend | None) -> None:
         self.tier = tier
-        self._backend = backend
+        self.backend = backend
+        self.profile = Profile()
 
     @classmethod
     def choose(cls, tier: str = "auto", threads: int | None = None) -> Kernels:
@@ -43,19 +43,57 @@ class Kernels:
             tier = available[-1]
         elif tier not in available:
             raise DeviceError(f"--kernels {tier}: this CPU does not have it; it has {', '.join(available)}")
-        return cls(tier, cpu.Backend(tier, threads or cpu.physical_cores()))
+        return cls(tier, cpu.Backend(tier, threads))
 
     @property
     def threads(self) -> int | None:
         """Threads of the native kernels, or None where torch's own are used."""
-        return self._backend.threads if self._backend else None
+        return self.backend.threads if self.backend else None
+
+    def product(self, weight: Weight) -> Product:
+        """x @ W^T for this matrix."""
+        return Product(weight, self.backend)
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
-        """x @ W^T: float32 [T, in], W [out, in] as stored -> float32 [T, out]."""
-        if self._backend is not None and x.shape[0] <= MATVEC_TOKENS and self._backend.takes(weight):
-            return self._backend.linear(x, weight)
-        return reference.linear(x, weight)
+        """x @ W^T, once: float32 [T, in], W [out, in] as stored -> float32 [T, out]."""
+        return self.product(weight)(x)
+
+    def experts(
+        self, count: int, look_up: Callable[[int], ExpertWeights], shared: ExpertWeights | None = None
+    ) -> ExpertProducts:
+        """A layer's `count` routed experts and its shared one."""
+        return ExpertProducts(self.backend, count, look_up, shared)
 
     def expert(self, x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
         """One expert's SwiGLU: down(silu(gate x) * up x), float32 [T, H] -> [T, H]."""
-        return self.linear(F.silu(self.linear(x, gate)).mul_(self.linear(x, up)), down)
+        return MLP((gate, up, down), self)(x)
+
+
+class MLP:
+    """down(silu(gate x) * up x), as a dense layer has it."""
+
+    def __init__(self, weights: ExpertWeights, kernels: Kernels) -> None:
+        self._experts = kernels.experts(0, _no_expert, weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [T, H] -> [T, H]."""
+        nothing = x.new_empty(len(x), 0)
+        return self._experts(x, nothing.long(), nothing)
+
+
+def _no_expert(index: int) -> ExpertWeights:
+    raise IndexError(index)
+
+
+class Product:
+    """x @ W^T for one stored matrix: float32 [T, in] -> float32 [T, out]."""
+
+    def __init__(self, weight: Weight, backend: cpu.Backend | None) -> None:
+        self._weight = weight
+        self._backend = backend
+        self._matrix = None if backend is None else backend.matrix(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._backend is None or self._matrix is None or x.shape[0] > cpu.MATVEC_TOKENS:
+            return reference.linear(x, self._weight)
+        return self._backend.linear(x, self._matrix)

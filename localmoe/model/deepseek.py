@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import InputError
-from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.dispatch import MLP, Kernels
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache
-from localmoe.model.layers import MLP, Linear, RMSNorm, WeightSource, embedding_rows
+from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows, expert_weights
 from localmoe.model.mla import Attention, Path, Positions, cheaper_path
 from localmoe.model.moe import Experts, MoE
 from localmoe.model.rope import Rope
@@ -32,16 +32,30 @@ class Block:
         self._input_norm = RMSNorm(source, f"{module}.input_layernorm", config.rms_norm_eps)
         self._attention = Attention(config, source, layer, kernels)
         self._mlp_norm = RMSNorm(source, f"{module}.post_attention_layernorm", config.rms_norm_eps)
-        self._mlp: MLP | MoE
+        self._mlp: _Dense | MoE
         if config.moe_layers[layer]:
             self._mlp = MoE(config, source, f"{module}.mlp", kernels, experts(layer))
         else:
-            self._mlp = MLP(source, f"{module}.mlp", kernels)
+            self._mlp = _Dense(source, f"{module}.mlp", kernels)
+        self._attention_time = kernels.profile.part("attention")
 
     def __call__(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
         """x float32 [T, H] -> [T, H]; the layer's part of `cache` gets this pass's tokens."""
-        x = x + self._attention(self._input_norm(x), positions, cache)
+        with self._attention_time:
+            x = x + self._attention(self._input_norm(x), positions, cache)
         return x + self._mlp(self._mlp_norm(x))
+
+
+class _Dense:
+    """A leading layer's MLP, without experts."""
+
+    def __init__(self, source: WeightSource, module: str, kernels: Kernels) -> None:
+        self._mlp = MLP(expert_weights(source, module), kernels)
+        self._time = kernels.profile.part("dense")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self._time:
+            return self._mlp(x)
 
 
 class Model:
@@ -67,6 +81,7 @@ class Model:
         self._blocks = [Block(config, source, layer, kernels, experts) for layer in range(config.num_hidden_layers)]
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
         self._head = Linear(source, "model.embed_tokens" if config.tie_word_embeddings else "lm_head", kernels)
+        self._head_time = kernels.profile.part("head")
 
     def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
         """Run `token_ids` int64 [T] after the tokens in `cache`, which then holds them too.
@@ -84,7 +99,8 @@ class Model:
         for block in self._blocks:
             x = block(x, positions, cache)
         cache.advance(count)
-        return self._head(self._norm(x[-1:] if last_only else x))
+        with self._head_time:
+            return self._head(self._norm(x[-1:] if last_only else x))
 
     def _positions(self, start: int, count: int) -> Positions:
         future = torch.ones(count, count, dtype=torch.bool).triu_(1) if count > 1 else None

@@ -1,4 +1,4 @@
-"""The plain parts of a layer: where weights come from, linear, RMSNorm, the gated MLP.
+"""The plain parts of a layer: where weights come from, linear, RMSNorm.
 
 Legend of shape comments, here and in mla.py, moe.py, deepseek.py: T tokens of this pass, S tokens with the
 cached ones, H hidden_size, A attention heads, r kv_lora_rank, n qk_nope_head_dim, p qk_rope_head_dim,
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from localmoe.formats.weights import Weight
 from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.experts import ExpertWeights
 
 
 class WeightSource(Protocol):
@@ -35,13 +36,12 @@ class Linear:
     """y = x W^T + b for a matrix in any stored form."""
 
     def __init__(self, source: WeightSource, module: str, kernels: Kernels, *, bias: bool = False) -> None:
-        self._kernels = kernels
-        self._weight = source.weight(module)
+        self._product = kernels.product(source.weight(module))
         self._bias = source.tensor(f"{module}.bias").float() if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [T, in] -> [T, out]."""
-        y = self._kernels.linear(x, self._weight)
+        y = self._product(x)
         return y if self._bias is None else y + self._bias
 
 
@@ -61,18 +61,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-class MLP:
-    """down(silu(gate x) * up x): a dense layer's MLP and the shared experts (one wide MLP)."""
-
-    def __init__(self, source: WeightSource, module: str, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self._gate = source.weight(f"{module}.gate_proj")
-        self._up = source.weight(f"{module}.up_proj")
-        self._down = source.weight(f"{module}.down_proj")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x float32 [T, H] -> [T, H]."""
-        return self._kernels.expert(x, self._gate, self._up, self._down)
+def expert_weights(source: WeightSource, module: str) -> ExpertWeights:
+    """Gate, up and down of a gated MLP: a dense layer's, a routed expert's, or the shared experts' (one wide MLP)."""
+    return (
+        source.weight(f"{module}.gate_proj"),
+        source.weight(f"{module}.up_proj"),
+        source.weight(f"{module}.down_proj"),
+    )
 
 
 def embedding_rows(table: Tensor, token_ids: Tensor) -> Tensor:

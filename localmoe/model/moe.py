@@ -15,14 +15,14 @@ from torch import Tensor
 
 from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
-from localmoe.model.layers import MLP, WeightSource
+from localmoe.model.layers import WeightSource
 
 
 class Experts(Protocol):
-    """One layer's routed experts, wherever they are."""
+    """One layer's routed and shared experts, wherever they are."""
 
     def __call__(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """Sum over a token's experts of weight * expert(hidden).
+        """Sum over a token's routed experts of weight * expert(hidden), plus the shared experts' output.
 
         hidden float32 [T, H], expert_ids int64 [T, k] (distinct in a row), weights float32 [T, k] -> [T, H].
         """
@@ -89,17 +89,19 @@ class Router:
 
 
 class MoE:
-    """Routed experts plus shared experts, which every token uses."""
+    """The router and the experts it chooses, among them the shared ones, which every token uses."""
 
     def __init__(
         self, config: ModelConfig, source: WeightSource, module: str, kernels: Kernels, experts: Experts
     ) -> None:
         self._router = Router(config, source, f"{module}.gate")
         self._experts = experts
-        self._shared = MLP(source, f"{module}.shared_experts", kernels) if config.n_shared_experts else None
+        self._routing_time = kernels.profile.part("router")
+        self._experts_time = kernels.profile.part("experts")
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [T, H] -> [T, H]."""
-        expert_ids, weights = self._router(x)
-        routed = self._experts(x, expert_ids, weights)
-        return routed if self._shared is None else routed + self._shared(x)
+        with self._routing_time:
+            expert_ids, weights = self._router(x)
+        with self._experts_time:
+            return self._experts(x, expert_ids, weights)

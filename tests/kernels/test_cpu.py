@@ -15,7 +15,8 @@ from localmoe.errors import DeviceError, UsageError
 from localmoe.formats import int4, int8
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight, dequantize
 from localmoe.kernels import cpu, reference
-from localmoe.kernels.dispatch import MATVEC_TOKENS, Kernels
+from localmoe.kernels.cpu import MATVEC_TOKENS
+from localmoe.kernels.dispatch import Kernels
 
 SUMMATION = 5e-7  # float32 additions in another order, relative to the sum of magnitudes
 
@@ -134,10 +135,12 @@ def test_an_expert_is_the_reference_with_rounded_activations() -> None:
 def test_shapes_that_disagree_never_reach_a_kernel() -> None:
     weight = random_weight("int4", 8, 64, 32)
     backend = cpu.Backend("portable", 1)
+    matrix = backend.matrix(weight)
     with pytest.raises(ValueError, match="in_features"):
-        backend.linear(torch.zeros(1, 96), weight)
+        backend.linear(torch.zeros(1, 96), matrix)
+    assert isinstance(weight, Int4Weight)
     with pytest.raises(ValueError, match="scale"):
-        backend.linear(torch.zeros(1, 64), Int4Weight(weight.packed, weight.scale[:4], 32))
+        backend.matrix(Int4Weight(weight.packed, weight.scale[:4], 32))
 
 
 def test_choosing_a_tier() -> None:

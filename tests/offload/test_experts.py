@@ -12,8 +12,9 @@ from torch import Tensor
 
 from localmoe.formats.weights import DenseWeight, Weight
 from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.experts import ExpertProducts
 from localmoe.model.config import ModelConfig
-from localmoe.offload.experts import ExpertStore, LayerExperts
+from localmoe.offload.experts import ExpertStore
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP = 12, 32, 16, 4
 
@@ -51,7 +52,7 @@ def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(count, HIDDEN, generator=generator), ids, torch.rand(count, TOP, generator=generator)
 
 
-def layer_of(source: Source, kernels: Kernels | None = None) -> LayerExperts:
+def layer_of(source: Source, kernels: Kernels | None = None) -> ExpertProducts:
     values: dict[str, Any] = {
         "model_type": "deepseek_v2", "vocab_size": 8, "hidden_size": HIDDEN, "intermediate_size": 8,
         "moe_intermediate_size": INTERMEDIATE, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -76,27 +77,6 @@ def test_the_sum_is_that_of_each_tokens_experts(count: int) -> None:
         x = hidden[token].double()
         wanted[token] += float(weights[token, slot]) * (down @ (F.silu(gate @ x) * (up @ x)))
     torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-5)
-
-
-class ElementwiseKernels:
-    """Kernels whose result for a row cannot depend on other rows, so that only the order of sums is left."""
-
-    def expert(self, x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-        assert isinstance(gate, DenseWeight)
-        return x * gate.tensor[0] * 1e3
-
-
-def test_a_tokens_sum_is_bit_equal_in_any_batch_and_any_slot_order() -> None:
-    kernels: Any = ElementwiseKernels()
-    experts = layer_of(Source(), kernels)
-    hidden, ids, weights = batch(20)
-    together = experts(hidden, ids, weights)
-    for token in range(20):
-        one = slice(token, token + 1)
-        assert torch.equal(experts(hidden[one], ids[one], weights[one])[0], together[token])
-    slots = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(experts(hidden, ids[:, slots], weights[:, slots]), together)
-    assert torch.equal(experts(hidden[5:9], ids[5:9], weights[5:9]), together[5:9])
 
 
 def test_experts_are_looked_up_when_they_first_fire_and_once() -> None:

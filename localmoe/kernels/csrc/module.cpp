@@ -5,117 +5,142 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arrays.h"
+#include "experts.h"
 #include "kernels.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
-
-namespace localmoe {
-struct bfloat16 {
-  uint16_t bits;
-};
-}  // namespace localmoe
-
-namespace nanobind::detail {
-template <>
-struct dtype_traits<localmoe::bfloat16> {
-  static constexpr dlpack::dtype value{static_cast<uint8_t>(dlpack::dtype_code::Bfloat), 16, 1};
-  static constexpr auto name = const_name("bfloat16");
-};
-}  // namespace nanobind::detail
+using namespace nb::literals;
 
 namespace localmoe {
 namespace {
 
-template <typename T>
-using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Result = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// One layer's routed experts, set one by one as they are first used, and its shared expert.
+class Experts {
+ public:
+  explicit Experts(int64_t count) : routed_(count) {}
 
-void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
+  bool has(int64_t index) const { return routed_.at(index).has_value(); }
 
+  void set(int64_t index, const OwnedMatrix& gate, const OwnedMatrix& up, const OwnedMatrix& down) {
+    routed_.at(index) = own(gate, up, down);
+  }
+
+  void set_shared(const OwnedMatrix& gate, const OwnedMatrix& up, const OwnedMatrix& down) {
+    shared_ = own(gate, up, down);
+  }
+
+  const std::vector<std::optional<Mlp>>& routed() const { return routed_; }
+  const Mlp* shared() const { return shared_ ? &*shared_ : nullptr; }
+
+ private:
+  Mlp own(const OwnedMatrix& gate, const OwnedMatrix& up, const OwnedMatrix& down) {
+    require(gate.view.form == up.view.form && gate.view.out == up.view.out && gate.view.in == up.view.in,
+            "gate and up are not alike");
+    require(down.view.in == gate.view.out && down.view.out == gate.view.in, "down does not fit gate and up");
+    for (const OwnedMatrix* matrix : {&gate, &up, &down}) owners_.push_back(*matrix);
+    return {gate.view, up.view, down.view};
+  }
+
+  std::vector<std::optional<Mlp>> routed_;
+  std::optional<Mlp> shared_;
+  std::vector<OwnedMatrix> owners_;
+};
+
+// A tier, a team of threads and their memory. One call at a time: others wait.
 class Kernels {
  public:
-  Kernels(const std::string& tier, int threads) : tier_(find(tier)), pool_(threads) {}
+  Kernels(const std::string& tier, int threads, std::vector<int> cpus)
+      : tier_(find(tier)), pool_(threads, std::move(cpus)) {}
 
-  void linear_int4(Matrix<float> x, Matrix<int32_t> packed, Matrix<bfloat16> scale, int64_t group, Result y) {
-    quantized(x, packed, scale, group, y, 4);
-  }
-
-  void linear_int8(Matrix<float> x, Matrix<int32_t> packed, Matrix<bfloat16> scale, int64_t group, Result y) {
-    quantized(x, packed, scale, group, y, 8);
-  }
-
-  void linear_bf16(Matrix<float> x, Matrix<bfloat16> weight, Result y) {
-    const auto in = static_cast<int64_t>(weight.shape(1));
-    require(static_cast<int64_t>(x.shape(1)) == in, "x and weight disagree on in_features");
-    require(y.shape(0) == x.shape(0) && y.shape(1) == weight.shape(0), "the result has another shape");
-    const DenseProduct product{reinterpret_cast<const uint16_t*>(weight.data()), x.data(), y.data(),
-                               static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(weight.shape(0)), in};
+  void linear(const Rows<float>& x, const OwnedMatrix& weight, const Result& y) {
+    const Matrix& matrix = weight.view;
+    const int64_t tokens = extent(x, 0), blocks = (matrix.in + kBlock - 1) / kBlock;
+    require(extent(x, 1) == matrix.in, "x and weight disagree on in_features");
+    require(extent(y, 0) == tokens && extent(y, 1) == matrix.out, "the result has another shape");
     nb::gil_scoped_release released;
-    pool_.run(product.out, chunk(in * 2),
-              [&](int64_t first, int64_t last) { tier_.bf16(product, first, last); });
+    std::lock_guard lock(mutex_);
+    operand_.shape(matrix.form, tokens, matrix.in);
+    rounding_.reset(tokens * blocks, 4);
+    rows_.reset(matrix.out, std::max<int64_t>(1, kChunkBytes / matrix.row_bytes));
+    pool_.run([&](int) {
+      rounding_.take([&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+          operand_.set(i / blocks, i % blocks, x.data() + i / blocks * matrix.in);
+      });
+      pool_.barrier();
+      rows_.take([&](int64_t first, int64_t last) {
+        operand_.multiply(tier_, matrix, first, last, y.data() + first, matrix.out);
+      });
+    });
+  }
+
+  // y = the experts' weighted sum and the shared expert's output. Every routed expert must have been set.
+  void experts(const Experts& experts, const Rows<float>& x, const Rows<int64_t>& ids, const Rows<float>& weights,
+               const Result& y) {
+    const int64_t tokens = extent(x, 0), k = extent(ids, 1), width = extent(x, 1);
+    require(extent(ids, 0) == tokens && extent(weights, 0) == tokens && extent(weights, 1) == k,
+            "ids and weights do not fit the tokens");
+    require(extent(y, 0) == tokens && extent(y, 1) == width, "the result has another shape");
+    for (int64_t i = 0; i < tokens * k; ++i) {
+      const int64_t id = ids.data()[i];
+      require(id >= 0 && id < static_cast<int64_t>(experts.routed().size()) && experts.has(id), "no such expert");
+      require(experts.routed()[id]->gate.in == width, "an expert has another width");
+    }
+    require(experts.shared() == nullptr || experts.shared()->gate.in == width, "the shared expert has another width");
+    nb::gil_scoped_release released;
+    std::lock_guard lock(mutex_);
+    workspace_.forward(tier_, pool_, experts.routed(), experts.shared(), {ids.data(), weights.data(), k}, x.data(),
+                       tokens, width, y.data());
   }
 
  private:
+  static constexpr int64_t kChunkBytes = 32768;  // of weights a thread takes at a time: threads end together
+
   static const Tier& find(const std::string& name) {
     for (const Tier* tier : supported_tiers())
       if (tier->name == name) return *tier;
     throw std::invalid_argument("this CPU has no kernel tier " + name);
   }
 
-  // Rows a thread takes at a time: about 32 KiB of weights, so that threads end together.
-  static int64_t chunk(int64_t row_bytes) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_bytes)); }
-
-  void quantized(const Matrix<float>& x, const Matrix<int32_t>& packed, const Matrix<bfloat16>& scale,
-                 int64_t group, const Result& y, int bits) {
-    const auto tokens = static_cast<int64_t>(x.shape(0)), in = static_cast<int64_t>(x.shape(1));
-    const auto out = static_cast<int64_t>(packed.shape(0));
-    require(group == 32 || group == 64 || group == 128, "group_size must be 32, 64 or 128");
-    require(in % group == 0, "group_size does not divide in_features");
-    require(static_cast<int64_t>(packed.shape(1)) * 32 == in * bits, "x and packed disagree on in_features");
-    require(static_cast<int64_t>(scale.shape(0)) == out && static_cast<int64_t>(scale.shape(1)) == in / group,
-            "the scale has another shape");
-    require(static_cast<int64_t>(y.shape(0)) == tokens && static_cast<int64_t>(y.shape(1)) == out,
-            "the result has another shape");
-
-    const int64_t blocks = (in + kBlock - 1) / kBlock;
-    const QuantizedProduct product{reinterpret_cast<const uint8_t*>(packed.data()),
-                                   reinterpret_cast<const uint16_t*>(scale.data()),
-                                   nullptr, y.data(), tokens, out, in, group, in * bits / 8, blocks};
-    nb::gil_scoped_release released;
-    std::vector<Block> activations(tokens * blocks);
-    for (int64_t t = 0; t < tokens; ++t)
-      quantize_activations(x.data() + t * in, in, bits == 4 ? 8 : 128, bits == 4 ? Order::kEvenOdd : Order::kNatural,
-                           activations.data() + t * blocks);
-    QuantizedProduct filled = product;
-    filled.x = activations.data();
-    const auto kernel = bits == 4 ? tier_.int4 : tier_.int8;
-    pool_.run(out, chunk(product.row_bytes), [&](int64_t first, int64_t last) { kernel(filled, first, last); });
-  }
-
   const Tier& tier_;
   ThreadPool pool_;
+  std::mutex mutex_;  // of the memory below
+  Operand operand_;
+  Chunks rounding_, rows_;
+  ExpertWorkspace workspace_;
 };
 
 }  // namespace
 }  // namespace localmoe
 
 NB_MODULE(_cpu, m) {
-  using localmoe::Kernels;
+  using namespace localmoe;
   m.def("supported_tiers", [] {
     std::vector<std::string> names;
-    for (const localmoe::Tier* tier : localmoe::supported_tiers()) names.emplace_back(tier->name);
+    for (const Tier* tier : supported_tiers()) names.emplace_back(tier->name);
     return names;
   });
+  nb::class_<OwnedMatrix>(m, "Matrix")
+      .def_static("int4", [](const Rows<int32_t>& packed, const Rows<bfloat16>& scale, int64_t group) {
+        return OwnedMatrix::integers(Form::kInt4, packed, scale, group);
+      })
+      .def_static("int8", [](const Rows<int32_t>& packed, const Rows<bfloat16>& scale, int64_t group) {
+        return OwnedMatrix::integers(Form::kInt8, packed, scale, group);
+      })
+      .def_static("bf16", &OwnedMatrix::bf16)
+      .def_prop_ro("out_features", [](const OwnedMatrix& matrix) { return matrix.view.out; });
+  nb::class_<Experts>(m, "Experts")
+      .def(nb::init<int64_t>(), "count"_a)
+      .def("has", &Experts::has)
+      .def("set", &Experts::set)
+      .def("set_shared", &Experts::set_shared);
   nb::class_<Kernels>(m, "Kernels")
-      .def(nb::init<const std::string&, int>(), nb::arg("tier"), nb::arg("threads"))
-      .def("linear_int4", &Kernels::linear_int4)
-      .def("linear_int8", &Kernels::linear_int8)
-      .def("linear_bf16", &Kernels::linear_bf16);
+      .def(nb::init<const std::string&, int, std::vector<int>>(), "tier"_a, "threads"_a, "cpus"_a)
+      .def("linear", &Kernels::linear)
+      .def("experts", &Kernels::experts);
 }

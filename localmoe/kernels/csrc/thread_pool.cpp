@@ -1,12 +1,16 @@
 #include "thread_pool.h"
 
-#include <algorithm>
+#include <pthread.h>
+#include <sched.h>
+
+#include <utility>
 
 namespace localmoe {
 
 namespace {
 
-constexpr int kSpins = 2000;  // some microseconds: the next matrix of a token comes sooner than a wake-up takes
+// Some tens of microseconds: the next matrix of a token comes sooner than a wake-up takes.
+constexpr int kSpins = 2000;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -16,69 +20,76 @@ inline void relax() {
 #endif
 }
 
+// A container may forbid it or hide the processor: then the thread runs where the system puts it.
+void pin(std::thread& thread, int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
+}
+
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { loop(); });
+void wait_while_equal(const std::atomic<uint32_t>& value, uint32_t old) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    relax();
+  }
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+void wait_for_zero(const std::atomic<int64_t>& count) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (count.load(std::memory_order_acquire) == 0) return;
+    relax();
+  }
+  for (int64_t left = count.load(std::memory_order_acquire); left != 0; left = count.load(std::memory_order_acquire))
+    count.wait(left, std::memory_order_acquire);
+}
+
+ThreadPool::ThreadPool(int threads, std::vector<int> cpus) : threads_(threads) {
+  for (int i = 1; i < threads; ++i) {
+    workers_.emplace_back([this, i] { loop(i); });
+    if (static_cast<size_t>(i) < cpus.size()) pin(workers_.back(), cpus[i]);
+  }
 }
 
 ThreadPool::~ThreadPool() {
-  {
-    std::lock_guard lock(mutex_);
-    stopping_ = true;
-    generation_.fetch_add(1, std::memory_order_release);
-  }
-  wake_.notify_all();
+  stopping_ = true;
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::run(int64_t size, int64_t chunk, const std::function<void(int64_t, int64_t)>& work) {
-  if (workers_.empty() || size <= chunk) {
-    if (size > 0) work(0, size);
-    return;
-  }
-  std::lock_guard caller(callers_);
-  {
-    std::lock_guard lock(mutex_);
-    size_ = size;
-    chunk_ = chunk;
-    work_ = &work;
-    next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+void ThreadPool::start_and_join() {
+  if (threads_ > 1) {
     generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
   }
-  wake_.notify_all();
-  take_chunks();
-  for (int i = 0; i < kSpins && busy_.load(std::memory_order_acquire) != 0; ++i) relax();
-  if (busy_.load(std::memory_order_acquire) != 0) {
-    std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return busy_.load(std::memory_order_acquire) == 0; });
+  call_(context_, 0);
+  barrier();
+}
+
+void ThreadPool::barrier() {
+  if (threads_ == 1) return;
+  const uint32_t phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.fetch_add(1, std::memory_order_release);
+    phase_.notify_all();
+  } else {
+    wait_while_equal(phase_, phase);
   }
 }
 
-void ThreadPool::take_chunks() {
+void ThreadPool::loop(int thread) {
+  uint32_t seen = 0;
   for (;;) {
-    const int64_t first = next_.fetch_add(chunk_, std::memory_order_relaxed);
-    if (first >= size_) return;
-    (*work_)(first, std::min(first + chunk_, size_));
-  }
-}
-
-void ThreadPool::loop() {
-  uint64_t seen = 0;
-  for (;;) {
-    for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
-    {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-      if (stopping_) return;
-      seen = generation_.load(std::memory_order_relaxed);
-    }
-    take_chunks();
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      std::lock_guard lock(mutex_);  // so that the caller is not between its check and its sleep
-      done_.notify_one();
-    }
+    wait_while_equal(generation_, seen);
+    ++seen;
+    if (stopping_) return;
+    call_(context_, thread);
+    barrier();
   }
 }
 

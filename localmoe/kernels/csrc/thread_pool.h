@@ -1,10 +1,8 @@
-// A persistent pool: threads are started once, wait briefly spinning and then asleep.
+// A persistent team of threads that run the same body and meet at barriers.
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -13,29 +11,71 @@ namespace localmoe {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // the calling thread is one of them
+  // The calling thread is one of the team. The others are pinned to `cpus`, one each, as far as that goes: the
+  // caller stays free, since threads that other libraries start from it would inherit its place.
+  ThreadPool(int threads, std::vector<int> cpus);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // Calls work(first, last) until [0, size) is covered, on every thread, and returns when all is done.
+  int threads() const { return threads_; }
+
+  // Calls body(thread) on every thread of the team and returns when all have ended. It must not throw.
   // One caller at a time: others wait.
-  void run(int64_t size, int64_t chunk, const std::function<void(int64_t, int64_t)>& work);
+  template <typename Body>
+  void run(Body&& body) {
+    std::lock_guard caller(callers_);
+    call_ = [](void* context, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(thread); };
+    context_ = &body;
+    start_and_join();
+  }
+
+  // Inside a body: waits until every thread of the team is here.
+  void barrier();
 
  private:
-  void loop();
-  void take_chunks();
+  void start_and_join();
+  void loop(int thread);
 
+  const int threads_;
   std::vector<std::thread> workers_;
   std::mutex callers_;  // held for a whole run
-  std::mutex mutex_;
-  std::condition_variable wake_, done_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
+  void (*call_)(void*, int) = nullptr;
+  void* context_ = nullptr;
   bool stopping_ = false;
-  int64_t size_ = 0, chunk_ = 1;
-  const std::function<void(int64_t, int64_t)>* work_ = nullptr;
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+  alignas(64) std::atomic<int> arrived_{0};
 };
+
+// Hands out [0, size) in chunks to the threads of a body. Reset it where a barrier separates it from its use.
+class Chunks {
+ public:
+  void reset(int64_t size, int64_t chunk) {
+    size_ = size;
+    chunk_ = chunk;
+    next_.store(0, std::memory_order_relaxed);
+  }
+
+  // Calls work(first, last) until nothing is left.
+  template <typename Work>
+  void take(Work&& work) {
+    for (;;) {
+      const int64_t first = next_.fetch_add(chunk_, std::memory_order_relaxed);
+      if (first >= size_) return;
+      work(first, first + chunk_ < size_ ? first + chunk_ : size_);
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> next_{0};
+  int64_t size_ = 0, chunk_ = 1;
+};
+
+// Waits for `value` to leave `old`: spinning briefly, then asleep.
+void wait_while_equal(const std::atomic<uint32_t>& value, uint32_t old);
+
+// Waits for a count that other threads bring down.
+void wait_for_zero(const std::atomic<int64_t>& count);
 
 }  // namespace localmoe

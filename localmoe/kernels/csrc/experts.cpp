@@ -1,0 +1,141 @@
+#include "experts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+namespace localmoe {
+
+namespace {
+
+constexpr int64_t kResultRows = 64;  // of the down projections taken at a time
+
+float silu(float x) { return x / (1.0f + std::exp(-x)); }
+
+}  // namespace
+
+ExpertWorkspace::Job& ExpertWorkspace::job(size_t index) {
+  if (index == jobs_.size()) jobs_.emplace_back();
+  return jobs_[index];
+}
+
+// Experts in ascending order, the shared one last: a token's sum has the same order whatever else is in the batch.
+void ExpertWorkspace::plan(const std::vector<std::optional<Mlp>>& routed, const Mlp* shared, const Routing& routing,
+                           int64_t tokens) {
+  by_expert_.resize(std::max(by_expert_.size(), routed.size()));
+  for (auto& slots : by_expert_) slots.clear();
+  for (int64_t i = 0; i < tokens * routing.k; ++i) by_expert_[routing.ids[i]].push_back(static_cast<int32_t>(i));
+  used_ = 0;
+  const auto add = [&](const Mlp& mlp) -> Job& {
+    Job& added = job(used_++);
+    added.mlp = &mlp;
+    added.tokens.clear();
+    added.weights.clear();
+    return added;
+  };
+  for (size_t expert = 0; expert < routed.size(); ++expert) {
+    if (by_expert_[expert].empty()) continue;
+    Job& added = add(*routed[expert]);
+    for (const int32_t slot : by_expert_[expert]) {
+      added.tokens.push_back(static_cast<int32_t>(slot / routing.k));
+      added.weights.push_back(routing.weights[slot]);
+    }
+  }
+  if (shared == nullptr) return;
+  Job& added = add(*shared);
+  for (int64_t t = 0; t < tokens; ++t) {
+    added.tokens.push_back(static_cast<int32_t>(t));
+    added.weights.push_back(1.0f);
+  }
+}
+
+void ExpertWorkspace::prepare(int64_t tokens) {
+  inputs_.resize(kForms);
+  std::array<bool, kForms> wanted{};
+  items_.clear();
+  for (size_t i = 0; i < used_; ++i) {
+    Job& job = jobs_[i];
+    const auto count = static_cast<int64_t>(job.tokens.size());
+    const Matrix& gate = job.mlp->gate;
+    Operand& rounded = inputs_[static_cast<size_t>(gate.form)];
+    if (!std::exchange(wanted[static_cast<size_t>(gate.form)], true)) rounded.shape(gate.form, tokens, gate.in);
+    job.input = count == tokens ? &rounded : &job.gathered;  // its tokens are all of them, in order
+    if (count != tokens) job.gathered.shape(gate.form, count, gate.in);
+    job.inner.shape(job.mlp->down.form, count, gate.out);
+    job.missing.store(job.inner.blocks(), std::memory_order_relaxed);
+    for (int64_t block = 0; block < job.inner.blocks(); ++block) items_.push_back({&job, block});
+  }
+  wanted_.clear();
+  for (size_t form = 0; form < kForms; ++form)
+    if (wanted[form]) wanted_.push_back(&inputs_[form]);
+}
+
+void ExpertWorkspace::inner_rows(const Tier& tier, Job& job, int64_t block, std::vector<float>& scratch) {
+  const Mlp& mlp = *job.mlp;
+  const int64_t first = block * kBlock, last = std::min(first + kBlock, mlp.gate.out), rows = last - first;
+  const auto tokens = static_cast<int64_t>(job.tokens.size());
+  scratch.resize(std::max<size_t>(scratch.size(), 2 * tokens * rows));
+  float* gate = scratch.data();
+  float* up = gate + tokens * rows;
+  job.input->multiply(tier, mlp.gate, first, last, gate, rows);
+  job.input->multiply(tier, mlp.up, first, last, up, rows);
+  for (int64_t i = 0; i < tokens * rows; ++i) gate[i] = silu(gate[i]) * up[i];
+  for (int64_t t = 0; t < tokens; ++t) job.inner.set_block(t, block, gate + t * rows);
+  if (job.missing.fetch_sub(1, std::memory_order_acq_rel) == 1) job.missing.notify_all();
+}
+
+void ExpertWorkspace::result_rows(const Tier& tier, int64_t first, int64_t last, int64_t tokens, float* result,
+                                  std::vector<float>& scratch) {
+  const int64_t rows = last - first;
+  for (int64_t t = 0; t < tokens; ++t) std::fill_n(result + t * hidden_ + first, rows, 0.0f);
+  for (size_t i = 0; i < used_; ++i) {
+    Job& job = jobs_[i];
+    const auto count = static_cast<int64_t>(job.tokens.size());
+    // Every inner item was taken before the first of these, so its thread is at work on it
+    wait_for_zero(job.missing);
+    scratch.resize(std::max<size_t>(scratch.size(), count * rows));
+    job.inner.multiply(tier, job.mlp->down, first, last, scratch.data(), rows);
+    for (int64_t j = 0; j < count; ++j) {
+      float* to = result + job.tokens[j] * hidden_ + first;
+      const float* from = scratch.data() + j * rows;
+      for (int64_t r = 0; r < rows; ++r) to[r] += job.weights[j] * from[r];
+    }
+  }
+}
+
+void ExpertWorkspace::forward(const Tier& tier, ThreadPool& pool, const std::vector<std::optional<Mlp>>& routed,
+                              const Mlp* shared, const Routing& routing, const float* hidden, int64_t tokens,
+                              int64_t width, float* result) {
+  hidden_ = width;
+  plan(routed, shared, routing, tokens);
+  prepare(tokens);
+  scratch_.resize(pool.threads());
+  const int64_t blocks = (width + kBlock - 1) / kBlock;
+  const auto inner_items = static_cast<int64_t>(items_.size());
+  rounding_.reset(tokens * blocks, 4);
+  gathering_.reset(static_cast<int64_t>(used_), 1);
+  inner_.reset(inner_items, 1);
+  result_.reset(width, kResultRows);
+  pool.run([&](int thread) {
+    rounding_.take([&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        for (Operand* input : wanted_) input->set(i / blocks, i % blocks, hidden + i / blocks * width);
+    });
+    pool.barrier();
+    if (tokens > 1) {
+      gathering_.take([&](int64_t first, int64_t) { gather(jobs_[first]); });
+      pool.barrier();
+    }
+    std::vector<float>& scratch = scratch_[thread];
+    inner_.take([&](int64_t first, int64_t) { inner_rows(tier, *items_[first].job, items_[first].block, scratch); });
+    result_.take([&](int64_t first, int64_t last) { result_rows(tier, first, last, tokens, result, scratch); });
+  });
+}
+
+void ExpertWorkspace::gather(Job& job) {
+  if (job.input != &job.gathered) return;
+  const Operand& from = inputs_[static_cast<size_t>(job.mlp->gate.form)];
+  for (size_t j = 0; j < job.tokens.size(); ++j) job.gathered.copy(static_cast<int64_t>(j), from, job.tokens[j]);
+}
+
+}  // namespace localmoe

@@ -1,0 +1,71 @@
+// One MoE layer's experts in one call: router output in, weighted sum out.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <vector>
+
+#include "matrix.h"
+#include "thread_pool.h"
+
+namespace localmoe {
+
+// A SwiGLU expert: down(silu(gate x) * up x). Gate and up have one form and shape.
+struct Mlp {
+  Matrix gate, up, down;
+};
+
+// Which experts a token goes to: [tokens, k]. The ids of a token are distinct.
+struct Routing {
+  const int64_t* ids;
+  const float* weights;
+  int64_t k;
+};
+
+// The memory of such calls, kept from one to the next.
+class ExpertWorkspace {
+ public:
+  // result[t] = sum over t's experts, in ascending order, of weight * expert(hidden[t]), then `shared`'s output:
+  // [tokens, width] both. `shared` may be missing, and so may the routed experts (k = 0): then it is a plain MLP.
+  void forward(const Tier& tier, ThreadPool& pool, const std::vector<std::optional<Mlp>>& routed, const Mlp* shared,
+               const Routing& routing, const float* hidden, int64_t tokens, int64_t width, float* result);
+
+ private:
+  // One expert and the tokens that go to it.
+  struct Job {
+    const Mlp* mlp = nullptr;
+    std::vector<int32_t> tokens;
+    std::vector<float> weights;
+    Operand gathered;               // its tokens' activations, where they are not all
+    const Operand* input = nullptr;
+    Operand inner;                  // silu(gate) * up
+    std::atomic<int64_t> missing{0};  // blocks of `inner`; the down projection waits for the last
+  };
+  struct InnerItem {
+    Job* job;
+    int64_t block;
+  };
+
+  void plan(const std::vector<std::optional<Mlp>>& routed, const Mlp* shared, const Routing& routing, int64_t tokens);
+  void prepare(int64_t tokens);
+  void gather(Job& job);
+  void inner_rows(const Tier& tier, Job& job, int64_t block, std::vector<float>& scratch);
+  void result_rows(const Tier& tier, int64_t first, int64_t last, int64_t tokens, float* result,
+                   std::vector<float>& scratch);
+  Job& job(size_t index);
+
+  std::deque<Job> jobs_;  // the first `used_` are this call's
+  size_t used_ = 0;
+  std::vector<std::vector<int32_t>> by_expert_;
+  std::vector<Operand> inputs_;     // the activations, by form of matrix
+  std::vector<Operand*> wanted_;    // those of this call
+  std::vector<InnerItem> items_;
+  std::vector<std::vector<float>> scratch_;  // by thread
+  Chunks rounding_, gathering_, inner_, result_;
+  int64_t hidden_ = 0;
+};
+
+}  // namespace localmoe

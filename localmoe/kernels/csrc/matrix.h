@@ -1,0 +1,54 @@
+// A matrix as it is stored, and activations in the form its kernel takes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace localmoe {
+
+enum class Form { kFloat32, kBfloat16, kInt4, kInt8, kNf4 };
+constexpr size_t kForms = 5;
+
+// [out, in], in memory that others own. `group` weights of a row share a scale.
+struct Matrix {
+  Form form;
+  const uint8_t* data;
+  const void* scales;  // bfloat16, or float32 for NF4; none for plain forms
+  int64_t out, in, group, row_bytes;
+};
+
+// Up to so many rows a product is matrix times vector for each: the weights' bytes decide. Above, weights are
+// unpacked for many rows at once.
+constexpr int64_t kMatvecTokens = 8;
+
+// Rows of float32 activations, and the same rounded for one form of matrix. Memory is kept from use to use.
+class Operand {
+ public:
+  // `tokens` rows of `in` numbers that matrices of `form` will be multiplied with.
+  void shape(Form form, int64_t tokens, int64_t in);
+
+  int64_t blocks() const { return blocks_; }
+
+  // Takes numbers [128 * block, ...) of a row, which begins at `row`. Many threads may set different blocks.
+  void set(int64_t token, int64_t block, const float* row) { set_block(token, block, row + block * kBlock); }
+
+  // The same, where the block's own numbers begin at `x`.
+  void set_block(int64_t token, int64_t block, const float* x);
+
+  // Copies one row of another operand of the same shape.
+  void copy(int64_t token, const Operand& from, int64_t from_token);
+
+  // y[t * stride + r - first] for rows [first, last) of the matrix.
+  void multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y, int64_t stride) const;
+
+ private:
+  Form form_ = Form::kFloat32;
+  int64_t tokens_ = 0, in_ = 0, blocks_ = 0;
+  std::vector<Block> rounded_;
+  std::vector<float> plain_;
+};
+
+}  // namespace localmoe

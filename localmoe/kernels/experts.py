@@ -1,0 +1,85 @@
+"""SwiGLU experts of one layer, in one call: router output in, weighted sum out.
+
+The native kernels do all experts of a call together; the reference groups the tokens by expert, in the same
+order of summation: ascending experts, the shared one last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from localmoe.formats.weights import Weight
+from localmoe.kernels import _cpu, cpu, reference
+
+ExpertWeights = tuple[Weight, Weight, Weight]
+"""gate, up and down: [I, H], [I, H] and [H, I]."""
+
+
+class ExpertProducts:
+    """One layer's routed experts, looked up when first used, and the shared expert that every token uses."""
+
+    def __init__(
+        self,
+        backend: cpu.Backend | None,
+        count: int,
+        look_up: Callable[[int], ExpertWeights],
+        shared: ExpertWeights | None,
+    ) -> None:
+        self._backend = backend
+        self._look_up = look_up
+        self._shared = shared
+        # A large model has over 40,000 matrices, and opening it should not wait for them
+        self._held: list[ExpertWeights | None] = [None] * count
+        self._native = None if backend is None else self._native_experts(backend, count)
+
+    def __call__(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum of weight * expert(hidden), plus shared(hidden).
+
+        hidden float32 [T, H], expert_ids int64 [T, k] (distinct in a row), weights float32 [T, k] -> [T, H].
+        """
+        missing = [expert for expert in set(expert_ids.flatten().tolist()) if self._held[expert] is None]
+        for expert in missing:
+            self._hold(expert)
+        if self._native is not None and self._backend is not None and len(hidden) <= cpu.MATVEC_TOKENS:
+            return self._backend.experts(self._native, hidden, expert_ids, weights)
+        return self._grouped(hidden, expert_ids, weights)
+
+    def _native_experts(self, backend: cpu.Backend, count: int) -> _cpu.Experts | None:
+        """None where the shared expert's form has no native kernel."""
+        native = _cpu.Experts(count)
+        if self._shared is not None:
+            matrices = [backend.matrix(weight) for weight in self._shared]
+            if None in matrices:
+                return None
+            native.set_shared(*matrices)
+        return native
+
+    def _hold(self, expert: int) -> ExpertWeights:
+        weights = self._held[expert] = self._look_up(expert)
+        if self._native is not None and self._backend is not None:
+            matrices = [self._backend.matrix(weight) for weight in weights]
+            if None in matrices:
+                self._native = None
+            else:
+                self._native.set(expert, *matrices)
+        return weights
+
+    def _grouped(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Each expert runs once over its tokens."""
+        out = torch.zeros_like(hidden)
+        flat, order = expert_ids.flatten().sort(stable=True)
+        tokens = order // max(expert_ids.shape[1], 1)  # [T * k], grouped by expert
+        scales = weights.flatten()[order].unsqueeze(1)  # [T * k, 1]
+        start = 0
+        for expert, count in enumerate(flat.bincount().tolist()):
+            if count == 0:
+                continue
+            part = slice(start, start + count)
+            rows = tokens[part]
+            result = reference.expert(hidden[rows], *(self._held[expert] or self._hold(expert)))  # [count, H]
+            out.index_add_(0, rows, result * scales[part])
+            start += count
+        return out if self._shared is None else out + reference.expert(hidden, *self._shared)
