@@ -79,7 +79,7 @@ class Engine:
     def __init__(self, model: Model, checkpoint: Checkpoint, kernels: Kernels, max_context: int) -> None:
         self.config: ModelConfig = model.config
         self.path: Path = checkpoint.directory
-        self.kernels_tier: str = kernels.tier
+        self.kernels = kernels
         self.max_context = max_context
         self._checkpoint = checkpoint
         self._model: Model | None = model
@@ -128,7 +128,7 @@ class Engine:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if len(ids) > self.max_context:
             raise ContextOverflowError(f"{len(ids):,} tokens do not fit the context of {self.max_context:,}")
-        cache = LatentCache(self.config, len(ids))
+        cache = LatentCache(self.config, len(ids), self.kernels.cache_dtype)
         logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
         with torch.inference_mode():
             for start in range(0, max(len(ids), 1), PREFILL_CHUNK):
@@ -205,9 +205,9 @@ class Engine:
 
     def _cache_for(self, reuse_prefix: bool) -> CachedTokens:
         if not reuse_prefix:
-            return CachedTokens(LatentCache(self.config, self.max_context))
+            return CachedTokens(LatentCache(self.config, self.max_context, self.kernels.cache_dtype))
         if self._cached is None:
-            self._cached = CachedTokens(LatentCache(self.config, self.max_context))
+            self._cached = CachedTokens(LatentCache(self.config, self.max_context, self.kernels.cache_dtype))
         return self._cached
 
     def _chat_ids(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:

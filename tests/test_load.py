@@ -90,7 +90,7 @@ class TestOpening:
         assert engine.config.model_type == "deepseek_v3"
         assert engine.path == DEMO
         assert engine.max_context == 512
-        assert engine.kernels_tier == "reference"
+        assert engine.kernels.tier == "reference"
         assert engine.tokenizer.eos_ids == {1}
         assert engine.chat_template is not None
         assert engine.generation_defaults == {"temperature": 0.8, "top_p": 0.95}
@@ -293,7 +293,7 @@ class TestGenerating:
     def test_other_kernel_tiers_agree_on_the_unquantized_demo(self, engine: Engine, tier: str) -> None:
         ids = engine.prompt_ids("Once upon a time there was")
         with load(DEMO, kernels=tier) as other:
-            assert other.kernels_tier == (tier if tier != "auto" else Kernels.choose("auto").tier)
+            assert other.kernels.tier == (tier if tier != "auto" else Kernels.choose("auto").tier)
             torch.testing.assert_close(other.logits(ids), engine.logits(ids), rtol=1e-4, atol=1e-4)
 
 

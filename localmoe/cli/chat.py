@@ -189,7 +189,7 @@ class Chat:
         engine = self._engine
         lines = [
             f"model     {self._name} ({engine.path})",
-            f"kernels   {engine.kernels_tier}",
+            f"kernels   {engine.kernels.tier}",
             f"sampling  {settings.as_text(self._request.sampling)}",
             f"turns     {len(self._conversation.turns)}",
         ]

@@ -66,3 +66,13 @@ class Backend:
         result = torch.empty_like(hidden)
         self._kernels.experts(experts, hidden, expert_ids, weights, result)
         return result
+
+    def attention(self, attention: _cpu.Attention, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
+        """Absorbed attention of a few tokens: float32 [T, H] -> [T, H] (`localmoe.model.mla` has the maths).
+
+        rotations float32 [T, qk_rope_head_dim], as real and imaginary parts; cache [S, latent width] float32 or
+        bfloat16, whose rows from `start` on become the tokens'. A row's result does not depend on the others.
+        """
+        result = torch.empty_like(x)
+        self._kernels.attention(attention, x, rotations, cache, start, result)
+        return result

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from localmoe.errors import DeviceError, UsageError
 from localmoe.formats.weights import Weight
 from localmoe.kernels import cpu, reference
+from localmoe.kernels.attention import DecodeAttention, MlaWeights
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
 from localmoe.kernels.profile import Profile
 
@@ -50,6 +52,11 @@ class Kernels:
         """Threads of the native kernels, or None where torch's own are used."""
         return self.backend.threads if self.backend else None
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What the latent cache holds: bfloat16, or for the reference float32."""
+        return torch.float32 if self.backend is None else torch.bfloat16
+
     def product(self, weight: Weight) -> Product:
         """x @ W^T for this matrix."""
         return Product(weight, self.backend)
@@ -63,6 +70,10 @@ class Kernels:
     ) -> ExpertProducts:
         """A layer's `count` routed experts and its shared one."""
         return ExpertProducts(self.backend, count, look_up, shared)
+
+    def attention(self, weights: MlaWeights) -> DecodeAttention | None:
+        """One layer's absorbed attention in one call, or None where a matrix has no native kernel."""
+        return DecodeAttention.choose(self.backend, weights)
 
     def expert(self, x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
         """One expert's SwiGLU: down(silu(gate x) * up x), float32 [T, H] -> [T, H]."""

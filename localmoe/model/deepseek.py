@@ -105,4 +105,5 @@ class Model:
     def _positions(self, start: int, count: int) -> Positions:
         future = torch.ones(count, count, dtype=torch.bool).triu_(1) if count > 1 else None
         path = self._path or cheaper_path(self.config, count, start + count)
-        return Positions(self._rope.rotations(start, count), future, path)
+        rotations = self._rope.rotations(start, count)
+        return Positions(rotations, torch.view_as_real(rotations).flatten(1), future, path)

@@ -40,13 +40,21 @@ class LatentCache:
 
         The result is a view, valid until the next append. Raises ContextOverflowError beyond `capacity`.
         """
-        end = self._length + len(rows)
+        held = self.reserve(layer, len(rows))
+        held[self._length :] = rows
+        return held
+
+    def reserve(self, layer: int, count: int) -> Tensor:
+        """The layer's rows [length + count, width], the last `count` of them to be written by the caller.
+
+        As `append` otherwise.
+        """
+        end = self._length + count
         if end > self.capacity:
             raise ContextOverflowError(f"the context holds {self.capacity} tokens and {end} are needed")
         held = self._rows[layer]
         if end > len(held):
             held = self._grow(layer, end)
-        held[self._length : end] = rows
         return held[:end]
 
     def advance(self, count: int) -> None:

@@ -49,11 +49,11 @@ class RMSNorm:
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, source: WeightSource, module: str, eps: float) -> None:
-        self._weight = source.tensor(f"{module}.weight").float()
+        self.weight = source.tensor(f"{module}.weight").float()
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(x, self.weight, self._eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

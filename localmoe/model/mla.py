@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localmoe.formats.weights import dequantize
+from localmoe.kernels.attention import MlaWeights
 from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache
@@ -38,6 +39,7 @@ class Positions:
     """What a pass knows about its tokens' places, the same for every layer."""
 
     rotations: Tensor  # complex64 [T, p/2]
+    rotations_flat: Tensor  # the same as float32 [T, p]: real, imaginary, real, ...
     future: Tensor | None  # bool [T, T], True where the key comes after the query; None for one token
     path: Path
 
@@ -82,7 +84,7 @@ def absorbed_attention(
 def _expand(latent: Tensor, matrices: Tensor) -> Tensor:
     """Every head's map of every latent: [S, r] and [A, d, r] -> [A, S, d], as one matrix product."""
     heads, width, rank = matrices.shape
-    return F.linear(latent, matrices.view(-1, rank)).view(-1, heads, width).transpose(0, 1)
+    return F.linear(latent, matrices.reshape(-1, rank)).view(-1, heads, width).transpose(0, 1)
 
 
 def _causal_softmax(scores: Tensor, future: Tensor | None) -> Tensor:
@@ -110,27 +112,48 @@ class Attention:
         self._kv_a_proj = Linear(source, f"{module}.kv_a_proj_with_mqa", kernels, bias=bias)
         self._kv_a_norm = RMSNorm(source, f"{module}.kv_a_layernorm", _LATENT_NORM_EPS)
         self._o_proj = Linear(source, f"{module}.o_proj", kernels, bias=bias)
-        # Held in float32, whatever form it is stored in: the absorbed path multiplies by it from both sides,
-        # which no quantized kernel does, and converting it each token would cost more traffic than reading it.
-        # It is 4 * A * (n + v) * r bytes a layer: 0.2 GiB for V2-Lite in all, 4 GiB beside V3's 350.
-        kv_b = dequantize(source.weight(f"{module}.kv_b_proj"))  # [A * (n + v), r]
-        kv_b = kv_b.view(config.num_attention_heads, -1, config.kv_lora_rank)
-        self._k_b = kv_b[:, : config.qk_nope_head_dim].contiguous()  # [A, n, r]
-        self._v_b = kv_b[:, config.qk_nope_head_dim :].contiguous()  # [A, v, r]
+        self._kv_b = source.weight(f"{module}.kv_b_proj")  # [A * (n + v), r]
+        self._decode = None if bias else kernels.attention(self._decode_weights(source, module))
+
+    def _decode_weights(self, source: WeightSource, module: str) -> MlaWeights:
+        config = self._config
+        with_down = config.q_lora_rank is not None
+        return MlaWeights(
+            query=source.weight(f"{module}.q_b_proj" if with_down else f"{module}.q_proj"),
+            latent=source.weight(f"{module}.kv_a_proj_with_mqa"),
+            expand=self._kv_b,
+            output=source.weight(f"{module}.o_proj"),
+            latent_norm=self._kv_a_norm.weight,
+            heads=config.num_attention_heads,
+            nope=config.qk_nope_head_dim,
+            scale=self._scale,
+            epsilon=_LATENT_NORM_EPS,
+            query_down=(source.weight(f"{module}.q_a_proj"), self._q_a_norm.weight) if with_down else None,
+        )
 
     def __call__(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
         """Attend from `x` [T, H], which is appended to `cache`, to every token there. Returns [T, H]."""
+        if self._decode is not None and positions.path == "absorbed":
+            held = cache.reserve(self._layer, len(x))
+            if self._decode.takes(len(x), held):
+                return self._decode(x, positions.rotations_flat, held, cache.length)
         q_nope, q_pe = self._query(x, positions)
+        k_b, v_b = self._expansions()
         rows = self._remember(x, positions, cache)  # [S, r + p]
         attend = naive_attention if positions.path == "naive" else absorbed_attention
         step = self._heads_at_a_time(len(x), len(rows))
         parts = [
-            attend(q_nope[h : h + step], q_pe[h : h + step], rows, self._k_b[h : h + step], self._v_b[h : h + step],
+            attend(q_nope[h : h + step], q_pe[h : h + step], rows, k_b[h : h + step], v_b[h : h + step],
                    positions.future)
             for h in range(0, len(q_nope), step)
         ]  # fmt: skip
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [A, T, v]
         return self._o_proj(out.transpose(0, 1).flatten(1))
+
+    def _expansions(self) -> tuple[Tensor, Tensor]:
+        """Every head's maps from the latent to its keys and values, float32: [A, n, r] and [A, v, r]."""
+        kv_b = dequantize(self._kv_b).view(self._config.num_attention_heads, -1, self._config.kv_lora_rank)
+        return kv_b[:, : self._config.qk_nope_head_dim], kv_b[:, self._config.qk_nope_head_dim :]
 
     def _query(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Scaled queries: [A, T, n], and [A, T, p] rotated."""

@@ -1,16 +1,15 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
+
+#include "vector_ops.h"
 
 namespace localmoe {
 
 namespace {
 
 constexpr int64_t kResultRows = 64;  // of the down projections taken at a time
-
-float silu(float x) { return x / (1.0f + std::exp(-x)); }
 
 }  // namespace
 
@@ -79,7 +78,7 @@ void ExpertWorkspace::inner_rows(const Tier& tier, Job& job, int64_t block, std:
   float* up = gate + tokens * rows;
   job.input->multiply(tier, mlp.gate, first, last, gate, rows);
   job.input->multiply(tier, mlp.up, first, last, up, rows);
-  for (int64_t i = 0; i < tokens * rows; ++i) gate[i] = silu(gate[i]) * up[i];
+  vector_ops(tier).silu_multiply(gate, up, tokens * rows);
   for (int64_t t = 0; t < tokens; ++t) job.inner.set_block(t, block, gate + t * rows);
   if (job.missing.fetch_sub(1, std::memory_order_acq_rel) == 1) job.missing.notify_all();
 }

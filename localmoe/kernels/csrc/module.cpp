@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "attention.h"
 #include "experts.h"
 #include "kernels.h"
 #include "thread_pool.h"
@@ -49,6 +50,47 @@ class Experts {
   std::vector<std::optional<Mlp>> routed_;
   std::optional<Mlp> shared_;
   std::vector<OwnedMatrix> owners_;
+};
+
+// One layer's attention weights.
+class Attention {
+ public:
+  Attention(const OwnedMatrix& query, const OwnedMatrix& latent, const OwnedMatrix& expand, const OwnedMatrix& output,
+            std::vector<float> latent_norm, int64_t heads, int64_t nope, float scale, float epsilon)
+      : owners_{query, latent, expand, output} {
+    layer_.query = query.view;
+    layer_.latent = latent.view;
+    layer_.expand = expand.view;
+    layer_.output = output.view;
+    layer_.latent_norm = std::move(latent_norm);
+    layer_.heads = heads;
+    layer_.nope = nope;
+    layer_.rank = expand.view.in;
+    layer_.rope = latent.view.out - layer_.rank;
+    layer_.value = heads > 0 ? expand.view.out / heads - nope : 0;
+    layer_.scale = scale;
+    layer_.epsilon = epsilon;
+    require(heads > 0 && nope > 0 && layer_.rope > 0 && layer_.rope % 2 == 0 && layer_.value > 0 &&
+                expand.view.out == heads * (nope + layer_.value) && query.view.out == heads * (nope + layer_.rope) &&
+                output.view.in == heads * layer_.value &&
+                static_cast<int64_t>(layer_.latent_norm.size()) == layer_.rank,
+            "the attention's matrices do not fit each other");
+    require(expand.view.form != Form::kInt4 && expand.view.form != Form::kNf4, "kv_b_proj cannot be 4-bit");
+  }
+
+  void set_query_down(const OwnedMatrix& matrix, std::vector<float> norm) {
+    require(matrix.view.out == layer_.query.in && static_cast<int64_t>(norm.size()) == matrix.view.out,
+            "q_a_proj does not fit q_b_proj");
+    owners_.push_back(matrix);
+    layer_.query_down = matrix.view;
+    layer_.query_norm = std::move(norm);
+  }
+
+  const MlaLayer& layer() const { return layer_; }
+
+ private:
+  std::vector<OwnedMatrix> owners_;
+  MlaLayer layer_{};
 };
 
 // A tier, a team of threads and their memory. One call at a time: others wait.
@@ -98,6 +140,26 @@ class Kernels {
                        tokens, width, y.data());
   }
 
+  // y = the attention output of x, whose rows are written to `cache` at `start` and after.
+  void attention(const Attention& attention, const Rows<float>& x, const Rows<float>& rotations,
+                 const nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>& cache, int64_t start,
+                 const Result& y) {
+    const MlaLayer& layer = attention.layer();
+    const int64_t tokens = extent(x, 0), width = layer.rank + layer.rope;
+    require(extent(x, 1) == layer.latent.in && extent(y, 1) == layer.output.out && extent(y, 0) == tokens,
+            "x or the result has another shape");
+    require(layer.query_down ? layer.query_down->in == layer.latent.in : layer.query.in == layer.latent.in,
+            "the query's matrix has another width");
+    require(extent(rotations, 0) == tokens && extent(rotations, 1) == layer.rope, "rotations have another shape");
+    require(extent(cache, 1) == width && start >= 0 && start + tokens <= extent(cache, 0), "the cache is too small");
+    const bool narrow = cache.dtype() == nb::dtype<bfloat16>();
+    require(narrow || cache.dtype() == nb::dtype<float>(), "the cache must be float32 or bfloat16");
+    const LatentRows rows{narrow ? CacheForm::kBfloat16 : CacheForm::kFloat32, cache.data(), width, layer.rank};
+    nb::gil_scoped_release released;
+    std::lock_guard lock(mutex_);
+    attention_.forward(tier_, pool_, layer, rows, start, x.data(), rotations.data(), tokens, y.data());
+  }
+
  private:
   static constexpr int64_t kChunkBytes = 32768;  // of weights a thread takes at a time: threads end together
 
@@ -113,6 +175,7 @@ class Kernels {
   Operand operand_;
   Chunks rounding_, rows_;
   ExpertWorkspace workspace_;
+  AttentionWorkspace attention_;
 };
 
 }  // namespace
@@ -142,5 +205,12 @@ NB_MODULE(_cpu, m) {
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<const std::string&, int, std::vector<int>>(), "tier"_a, "threads"_a, "cpus"_a)
       .def("linear", &Kernels::linear)
-      .def("experts", &Kernels::experts);
+      .def("experts", &Kernels::experts)
+      .def("attention", &Kernels::attention);
+  nb::class_<Attention>(m, "Attention")
+      .def(nb::init<const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&,
+                    std::vector<float>, int64_t, int64_t, float, float>(),
+           "query"_a, "latent"_a, "expand"_a, "output"_a, "latent_norm"_a, "heads"_a, "nope"_a, "scale"_a,
+           "epsilon"_a)
+      .def("set_query_down", &Attention::set_query_down, "matrix"_a, "norm"_a);
 }

@@ -1,4 +1,7 @@
+#include <string_view>
+
 #include "kernels.h"
+#include "vector_ops.h"
 
 namespace localmoe {
 
@@ -12,6 +15,15 @@ std::vector<const Tier*> supported_tiers() {
   for (const Tier* tier : all)
     if (tier->supported()) supported.push_back(tier);
   return supported;
+}
+
+const VectorOps& vector_ops(const Tier& tier) {
+#ifdef LOCALMOE_X86
+  const std::string_view name = tier.name;
+  if (name == "avx512") return kAvx512Ops;
+  if (name == "avx2" || name == "avxvnni") return kAvx2Ops;
+#endif
+  return kPortableOps;
 }
 
 }  // namespace localmoe

@@ -1,0 +1,62 @@
+"""Absorbed latent attention of up to 8 tokens in one native call, from hidden states to hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localmoe.formats.weights import Weight
+from localmoe.kernels import _cpu, cpu
+
+
+@dataclass(frozen=True)
+class MlaWeights:
+    """One layer's attention, without biases. `query_down` and its norm are there with `q_lora_rank` only."""
+
+    query: Weight  # q_proj or q_b_proj
+    latent: Weight  # kv_a_proj_with_mqa
+    expand: Weight  # kv_b_proj
+    output: Weight  # o_proj
+    latent_norm: Tensor
+    heads: int
+    nope: int  # qk_nope_head_dim
+    scale: float  # of the softmax
+    epsilon: float  # of the latent norms
+    query_down: tuple[Weight, Tensor] | None = None
+
+
+class DecodeAttention:
+    """One layer's attention on the native kernels."""
+
+    def __init__(self, backend: cpu.Backend, native: _cpu.Attention) -> None:
+        self._backend = backend
+        self._native = native
+
+    @classmethod
+    def choose(cls, backend: cpu.Backend | None, weights: MlaWeights) -> DecodeAttention | None:
+        """None without native kernels, or where a matrix has no native form."""
+        if backend is None:
+            return None
+        stored = [weights.query, weights.latent, weights.expand, weights.output]
+        matrices = [backend.matrix(weight) for weight in stored]
+        if None in matrices:
+            return None
+        native = _cpu.Attention(
+            *matrices, weights.latent_norm.tolist(), weights.heads, weights.nope, weights.scale, weights.epsilon
+        )
+        if weights.query_down is not None:
+            down = backend.matrix(weights.query_down[0])
+            if down is None:
+                return None
+            native.set_query_down(down, weights.query_down[1].tolist())
+        return cls(backend, native)
+
+    def takes(self, tokens: int, cache: Tensor) -> bool:
+        """Whether a pass of so many tokens over this cache is for these kernels."""
+        return tokens <= cpu.MATVEC_TOKENS and cache.dtype in (torch.float32, torch.bfloat16)
+
+    def __call__(self, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
+        """See `cpu.Backend.attention`."""
+        return self._backend.attention(self._native, x, rotations, cache, start)

@@ -1,0 +1,186 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace localmoe {
+
+namespace {
+
+constexpr int64_t kHeadBlock = 8;  // heads that attend together: enough to read a latent once for many
+constexpr int64_t kChunkBytes = 32768;
+
+// x / sqrt(mean(x^2) + epsilon) * weight, in place. Eight sums: shorter chains of rounding.
+void rms_norm(float* x, const std::vector<float>& weight, float epsilon) {
+  const auto n = static_cast<int64_t>(weight.size());
+  float squares[8] = {};
+  for (int64_t i = 0; i < n; ++i) squares[i % 8] += x[i] * x[i];
+  float sum = 0.0f;
+  for (const float square : squares) sum += square;
+  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(n) + epsilon);
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor * weight[i];
+}
+
+// Pairs (x[2i], x[2i + 1]) times complex rotations.
+void rotate(const float* x, const float* rotations, int64_t width, float factor, float* y) {
+  for (int64_t i = 0; i < width; i += 2) {
+    const float c = rotations[i], s = rotations[i + 1], a = factor * x[i], b = factor * x[i + 1];
+    y[i] = a * c - b * s;
+    y[i + 1] = a * s + b * c;
+  }
+}
+
+void grow(std::vector<float>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+}
+
+}  // namespace
+
+void AttentionWorkspace::Step::prepare(const Matrix& matrix, int64_t tokens) {
+  operand.shape(matrix.form, tokens, matrix.in);
+  rounding.reset(tokens * operand.blocks(), 4);
+  rows.reset(matrix.out, std::max<int64_t>(1, kChunkBytes / matrix.row_bytes));
+}
+
+void AttentionWorkspace::Step::round(const float* x, int64_t stride) {
+  const int64_t blocks = operand.blocks();
+  rounding.take([&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) operand.set(i / blocks, i % blocks, x + i / blocks * stride);
+  });
+}
+
+void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, float* y) {
+  rows.take([&](int64_t first, int64_t last) { operand.multiply(tier, matrix, first, last, y + first, matrix.out); });
+}
+
+void AttentionWorkspace::prepare(const MlaLayer& layer, int64_t start, int64_t tokens, int threads) {
+  tokens_ = tokens;
+  chunks_ = (start + tokens + kContextChunk - 1) / kContextChunk;
+  head_blocks_ = (layer.heads + kHeadBlock - 1) / kHeadBlock;
+  if (layer.query_down) {
+    query_down_.prepare(*layer.query_down, tokens);
+    grow(low_, tokens * layer.query_down->out);
+  }
+  query_.prepare(layer.query, tokens);
+  latent_.prepare(layer.latent, tokens);
+  output_.prepare(layer.output, tokens);
+  absorbing_.reset(tokens * layer.heads + 1, 1);
+  attending_.reset(tokens * chunks_ * head_blocks_, 1);
+  merging_.reset(tokens * layer.heads, 1);
+  const int64_t width = layer.rank + layer.rope, partials = tokens * chunks_ * layer.heads;
+  grow(queries_, tokens * layer.query.out);
+  grow(rows_, tokens * width);
+  grow(absorbed_, tokens * layer.heads * width);
+  grow(largest_, partials);
+  grow(sums_, partials);
+  grow(attended_, partials * layer.rank);
+  grow(outputs_, tokens * layer.heads * layer.value);
+  scratch_.resize(threads);
+  for (std::vector<float>& scratch : scratch_) grow(scratch, attend_scratch(kHeadBlock, width) + layer.rank);
+}
+
+// The query, by one matrix or two, and the tokens' rows of the cache before their norm.
+void AttentionWorkspace::project(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const float* x,
+                                 int thread) {
+  Step& first = layer.query_down ? query_down_ : query_;
+  first.round(x, layer.latent.in);
+  latent_.round(x, layer.latent.in);
+  pool.barrier();
+  if (layer.query_down)
+    query_down_.multiply(tier, *layer.query_down, low_.data());
+  else
+    query_.multiply(tier, layer.query, queries_.data());
+  latent_.multiply(tier, layer.latent, rows_.data());
+  pool.barrier();
+  if (!layer.query_down) return;
+  const int64_t rank = layer.query_down->out;
+  for (int64_t t = thread; t < tokens_; t += pool.threads())
+    rms_norm(low_.data() + t * rank, layer.query_norm, layer.epsilon);
+  pool.barrier();
+  query_.round(low_.data(), rank);
+  pool.barrier();
+  query_.multiply(tier, layer.query, queries_.data());
+  pool.barrier();
+}
+
+void AttentionWorkspace::remember(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
+                                  const float* rotations) {
+  for (int64_t t = 0; t < tokens_; ++t) {
+    float* row = rows_.data() + t * cache.width;
+    rms_norm(row, layer.latent_norm, layer.epsilon);
+    rotate(row + layer.rank, rotations + t * layer.rope, layer.rope, 1.0f, row + layer.rank);
+    ops.store_row(cache, start + t, row);
+  }
+}
+
+void AttentionWorkspace::absorb(const VectorOps& ops, const MlaLayer& layer, int64_t token, int64_t head,
+                                const float* rotations) {
+  float* query = queries_.data() + (token * layer.heads + head) * (layer.nope + layer.rope);
+  float* absorbed = absorbed_.data() + (token * layer.heads + head) * (layer.rank + layer.rope);
+  for (int64_t i = 0; i < layer.nope; ++i) query[i] *= layer.scale;
+  ops.combine_rows(layer.expand, head * (layer.nope + layer.value), layer.nope, query, absorbed);
+  rotate(query + layer.nope, rotations + token * layer.rope, layer.rope, layer.scale, absorbed + layer.rank);
+}
+
+Partial AttentionWorkspace::partial(const MlaLayer& layer, int64_t token, int64_t chunk, int64_t head) {
+  const int64_t at = (token * chunks_ + chunk) * layer.heads + head;
+  return {largest_.data() + at, sums_.data() + at, attended_.data() + at * layer.rank};
+}
+
+void AttentionWorkspace::attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
+                                int64_t item, float* scratch) {
+  const int64_t head = item % head_blocks_ * kHeadBlock, chunk = item / head_blocks_ % chunks_;
+  const int64_t token = item / head_blocks_ / chunks_, end = start + token + 1;
+  const int64_t first = chunk * kContextChunk, last = std::min(first + kContextChunk, end);
+  if (first >= end) return;  // an earlier token of the pass, whose context has fewer chunks
+  const float* queries = absorbed_.data() + (token * layer.heads + head) * cache.width;
+  ops.attend(cache, first, last, queries, std::min(kHeadBlock, layer.heads - head),
+             partial(layer, token, chunk, head), scratch);
+}
+
+// The chunks' parts in their order, then v_b: log-sum-exp, as in FlashDecoding.
+void AttentionWorkspace::merge(const VectorOps& ops, const MlaLayer& layer, int64_t start, int64_t token,
+                               int64_t head, float* scratch) {
+  const int64_t chunks = (start + token) / kContextChunk + 1;
+  float largest = -INFINITY, sum = 0.0f;
+  for (int64_t c = 0; c < chunks; ++c) largest = std::max(largest, *partial(layer, token, c, head).largest);
+  std::fill_n(scratch, layer.rank, 0.0f);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const Partial part = partial(layer, token, c, head);
+    const float weight = std::exp(*part.largest - largest);
+    sum += weight * *part.sum;
+    for (int64_t r = 0; r < layer.rank; ++r) scratch[r] += weight * part.latent[r];
+  }
+  for (int64_t r = 0; r < layer.rank; ++r) scratch[r] /= sum;
+  ops.dot_rows(layer.expand, head * (layer.nope + layer.value) + layer.nope, layer.value, scratch,
+               outputs_.data() + (token * layer.heads + head) * layer.value);
+}
+
+void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const LatentRows& cache,
+                                 int64_t start, const float* x, const float* rotations, int64_t tokens,
+                                 float* result) {
+  const VectorOps& ops = vector_ops(tier);
+  prepare(layer, start, tokens, pool.threads());
+  pool.run([&](int thread) {
+    float* scratch = scratch_[thread].data();
+    project(tier, pool, layer, x, thread);
+    absorbing_.take([&](int64_t item, int64_t) {
+      if (item == 0)
+        remember(ops, layer, cache, start, rotations);
+      else
+        absorb(ops, layer, (item - 1) / layer.heads, (item - 1) % layer.heads, rotations);
+    });
+    pool.barrier();
+    attending_.take([&](int64_t item, int64_t) { attend(ops, layer, cache, start, item, scratch); });
+    pool.barrier();
+    merging_.take([&](int64_t item, int64_t) {
+      merge(ops, layer, start, item / layer.heads, item % layer.heads, scratch);
+    });
+    pool.barrier();
+    output_.round(outputs_.data(), layer.output.in);
+    pool.barrier();
+    output_.multiply(tier, layer.output, result);
+  });
+}
+
+}  // namespace localmoe

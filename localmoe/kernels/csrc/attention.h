@@ -1,0 +1,61 @@
+// Absorbed multi-head latent attention of a few tokens in one call (model/mla.py has the maths).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "matrix.h"
+#include "thread_pool.h"
+#include "vector_ops.h"
+
+namespace localmoe {
+
+// One layer's weights and dimensions. Without `query_down` the query is made in one step.
+struct MlaLayer {
+  std::optional<Matrix> query_down;  // q_a_proj
+  Matrix query;                      // q_proj or q_b_proj
+  Matrix latent;                     // kv_a_proj_with_mqa
+  Matrix expand;                     // kv_b_proj: heads * (nope + value) rows
+  Matrix output;                     // o_proj
+  std::vector<float> query_norm, latent_norm;
+  int64_t heads, nope, rope, value, rank;
+  float scale, epsilon;
+};
+
+// The memory of such calls, kept from one to the next.
+class AttentionWorkspace {
+ public:
+  // result[t] = attention output of x[t], [tokens, hidden] both. The tokens' own rows are written to the cache at
+  // `start` and after; a token attends to everything before it and itself. rotations: complex, [tokens, rope / 2].
+  void forward(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const LatentRows& cache, int64_t start,
+               const float* x, const float* rotations, int64_t tokens, float* result);
+
+ private:
+  // Consecutive rounded activations for one matrix, then its product: two phases of a body.
+  struct Step {
+    Operand operand;
+    Chunks rounding, rows;
+    void prepare(const Matrix& matrix, int64_t tokens);
+    void round(const float* x, int64_t stride);
+    void multiply(const Tier& tier, const Matrix& matrix, float* y);
+  };
+
+  void prepare(const MlaLayer& layer, int64_t start, int64_t tokens, int threads);
+  void project(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const float* x, int thread);
+  void remember(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
+                const float* rotations);
+  void absorb(const VectorOps& ops, const MlaLayer& layer, int64_t token, int64_t head, const float* rotations);
+  void attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start, int64_t item,
+              float* scratch);
+  void merge(const VectorOps& ops, const MlaLayer& layer, int64_t start, int64_t token, int64_t head, float* scratch);
+  Partial partial(const MlaLayer& layer, int64_t token, int64_t chunk, int64_t head);
+
+  Step query_down_, query_, latent_, output_;
+  Chunks absorbing_, attending_, merging_;
+  int64_t tokens_ = 0, chunks_ = 0, head_blocks_ = 0;
+  std::vector<float> low_, queries_, rows_, absorbed_, largest_, sums_, attended_, outputs_;
+  std::vector<std::vector<float>> scratch_;  // by thread
+};
+
+}  // namespace localmoe

@@ -1,0 +1,31 @@
+// 512-bit.
+#include <immintrin.h>
+
+namespace localmoe {
+namespace {
+constexpr int kWidth = 16;
+// Of a block of accumulators in registers: queries, and cached rows or vectors of a latent
+constexpr int kBlockHeads = 4, kBlockRows = 4, kBlockVectors = 4;
+}  // namespace
+}  // namespace localmoe
+
+#include "vector_types.inc"
+
+namespace localmoe {
+namespace {
+inline Ints widen(const uint8_t* from) {
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Words widen(const uint16_t* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+}  // namespace
+}  // namespace localmoe
+
+#include "vector_ops.inc"
+
+namespace localmoe {
+
+const VectorOps kAvx512Ops = {"avx512", combine_rows, dot_rows, store_row, attend, silu_multiply};
+
+}  // namespace localmoe

@@ -1,0 +1,62 @@
+// What a layer needs besides matrix products with rounded activations, a set a tier. All in float32.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+
+namespace localmoe {
+
+constexpr int64_t kContextChunk = 256;  // cached tokens attended to at a time, whatever the number of threads
+
+enum class CacheForm { kFloat32, kBfloat16 };
+
+// One layer's latent cache: rows of latent (rank numbers), then rotated key.
+struct LatentRows {
+  CacheForm form;
+  void* data;
+  int64_t width, rank;
+};
+
+// What attention over a chunk leaves, a head: the largest score, the sum of exp(score - largest), and that sum
+// with each term times its token's latent.
+struct Partial {
+  float* largest;  // [heads]
+  float* sum;      // [heads]
+  float* latent;   // [heads, rank]
+};
+
+struct VectorOps {
+  const char* tier;
+
+  // y[r] = sum over i of x[i] * W[row + i][r], for `count` rows: a query through k_b into the latents' space.
+  void (*combine_rows)(const Matrix& matrix, int64_t row, int64_t count, const float* x, float* y);
+
+  // y[i] = sum over r of W[row + i][r] * x[r], for `count` rows: an attended latent through v_b.
+  void (*dot_rows)(const Matrix& matrix, int64_t row, int64_t count, const float* x, float* y);
+
+  // Writes one row of the cache, rounded to nearest.
+  void (*store_row)(const LatentRows& rows, int64_t index, const float* x);
+
+  // Attention of one token's `heads` queries [heads, width], scaled, to cached tokens [first, last), at most
+  // kContextChunk of them. `scratch` has attend_scratch(heads, width) numbers.
+  void (*attend)(const LatentRows& rows, int64_t first, int64_t last, const float* queries, int64_t heads,
+                 const Partial& partial, float* scratch);
+
+  // gate[i] = silu(gate[i]) * up[i].
+  void (*silu_multiply)(float* gate, const float* up, int64_t n);
+};
+
+constexpr int64_t kTileRows = 16;  // cached rows widened to float32 at a time
+
+inline int64_t attend_scratch(int64_t heads, int64_t width) { return heads * kContextChunk + kTileRows * width; }
+
+// Those of the tier of this name; avxvnni has avx2's.
+const VectorOps& vector_ops(const Tier& tier);
+
+extern const VectorOps kPortableOps;
+#ifdef LOCALMOE_X86
+extern const VectorOps kAvx2Ops, kAvx512Ops;
+#endif
+
+}  // namespace localmoe

@@ -1,0 +1,25 @@
+// 128-bit vectors, which the compiler makes of whatever the CPU has.
+namespace localmoe {
+namespace {
+constexpr int kWidth = 4;
+// Of a block of accumulators in registers: queries, and cached rows or vectors of a latent
+constexpr int kBlockHeads = 2, kBlockRows = 2, kBlockVectors = 4;
+}  // namespace
+}  // namespace localmoe
+
+#include "vector_types.inc"
+
+namespace localmoe {
+namespace {
+inline Ints widen(const uint8_t* from) { return Ints{from[0], from[1], from[2], from[3]}; }
+inline Words widen(const uint16_t* from) { return Words{from[0], from[1], from[2], from[3]}; }
+}  // namespace
+}  // namespace localmoe
+
+#include "vector_ops.inc"
+
+namespace localmoe {
+
+const VectorOps kPortableOps = {"portable", combine_rows, dot_rows, store_row, attend, silu_multiply};
+
+}  // namespace localmoe
