@@ -49,8 +49,10 @@ void AttentionWorkspace::Step::round(const float* x, int64_t stride) {
   });
 }
 
-void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, float* y) {
-  rows.take([&](int64_t first, int64_t last) { operand.multiply(tier, matrix, first, last, y + first, matrix.out); });
+void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then) {
+  rows.take([&](int64_t first, int64_t last) {
+    operand.multiply(tier, matrix, first, last, y + first, matrix.out, last < matrix.out ? matrix.row(last) : then.data);
+  });
 }
 
 void AttentionWorkspace::prepare(const MlaLayer& layer, int64_t start, int64_t tokens, int threads) {
@@ -87,10 +89,10 @@ void AttentionWorkspace::project(const Tier& tier, ThreadPool& pool, const MlaLa
   latent_.round(x, layer.latent.in);
   pool.barrier();
   if (layer.query_down)
-    query_down_.multiply(tier, *layer.query_down, low_.data());
+    query_down_.multiply(tier, *layer.query_down, low_.data(), layer.latent);
   else
-    query_.multiply(tier, layer.query, queries_.data());
-  latent_.multiply(tier, layer.latent, rows_.data());
+    query_.multiply(tier, layer.query, queries_.data(), layer.latent);
+  latent_.multiply(tier, layer.latent, rows_.data(), layer.expand);
   pool.barrier();
   if (!layer.query_down) return;
   const int64_t rank = layer.query_down->out;
@@ -99,7 +101,7 @@ void AttentionWorkspace::project(const Tier& tier, ThreadPool& pool, const MlaLa
   pool.barrier();
   query_.round(low_.data(), rank);
   pool.barrier();
-  query_.multiply(tier, layer.query, queries_.data());
+  query_.multiply(tier, layer.query, queries_.data(), layer.latent);
   pool.barrier();
 }
 
@@ -179,7 +181,7 @@ void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLa
     pool.barrier();
     output_.round(outputs_.data(), layer.output.in);
     pool.barrier();
-    output_.multiply(tier, layer.output, result);
+    output_.multiply(tier, layer.output, result, layer.output);
   });
 }
 

@@ -38,7 +38,7 @@ class AttentionWorkspace {
     Chunks rounding, rows;
     void prepare(const Matrix& matrix, int64_t tokens);
     void round(const float* x, int64_t stride);
-    void multiply(const Tier& tier, const Matrix& matrix, float* y);
+    void multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then);
   };
 
   void prepare(const MlaLayer& layer, int64_t start, int64_t tokens, int threads);

@@ -8,93 +8,143 @@
 namespace localmoe {
 namespace {
 
-// The four scales of a block of 128 weights, one for each 32, from 128 / Group stored ones.
-// `left` is how many weights of the row remain: stored scales beyond the row are not read.
-template <int Group>
-inline __m128 block_scales(const uint16_t* scales, int64_t left) {
-  const auto present = static_cast<__mmask8>((1u << std::min<int64_t>(kBlock / Group, left / Group)) - 1);
-  const __m128i bits = _mm_maskz_loadu_epi16(present, scales);
-  const __m128 stored = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
-  if constexpr (Group == 32) return stored;
-  if constexpr (Group == 64) return _mm_shuffle_ps(stored, stored, _MM_SHUFFLE(1, 1, 0, 0));
-  return _mm_shuffle_ps(stored, stored, 0);
-}
+constexpr int kTokens = 4;  // of a tile; so many tokens share a row's unpacking
+
+// What is left of a row at a block, as masks; a whole block needs none.
+template <bool kWhole>
+struct Left {
+  int64_t weights;
+
+  // 64 of the row's bytes; those beyond its end are not read.
+  __m512i bytes(const uint8_t* from, int64_t left) const {
+    if constexpr (kWhole) return _mm512_loadu_si512(from);
+    const __mmask64 present = left >= 64 ? ~__mmask64{0} : (left <= 0 ? 0 : (__mmask64{1} << left) - 1);
+    return _mm512_maskz_loadu_epi8(present, from);
+  }
+
+  // The four scales of the block, one for each 32 weights, from 128 / Group stored ones.
+  template <int Group>
+  __m128 scales(const uint16_t* from) const {
+    __m128i bits;
+    if constexpr (kWhole && Group == 32) {
+      bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    } else if constexpr (kWhole) {
+      bits = _mm_maskz_loadu_epi16((1u << kBlock / Group) - 1, from);
+    } else {
+      const auto present = static_cast<__mmask8>((1u << std::min<int64_t>(kBlock / Group, weights / Group)) - 1);
+      bits = _mm_maskz_loadu_epi16(present, from);
+    }
+    const __m128 stored = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
+    if constexpr (Group == 32) return stored;
+    if constexpr (Group == 64) return _mm_shuffle_ps(stored, stored, _MM_SHUFFLE(1, 1, 0, 0));
+    return _mm_shuffle_ps(stored, stored, 0);
+  }
+};
 
 inline __m512 spread(__m128 scales, __m512i lanes) {
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales));
 }
 
-// A mask of the first `count` of 64 bytes.
-inline __mmask64 first_bytes(int64_t count) {
-  return count >= 64 ? ~__mmask64{0} : (count <= 0 ? 0 : (__mmask64{1} << count) - 1);
-}
+// The cache line that will be wanted a while after `from`; `end` is where these rows end.
+struct Ahead {
+  const uint8_t *end, *next;
 
-template <int Group>
-float dot_int4(const QuantizedProduct& p, const uint8_t* row, const uint16_t* scales, const Block* x) {
-  const __m512i low_nibbles = _mm512_set1_epi8(15);
-  const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t start = 0; start < p.in; start += kBlock, ++x) {
-    const int64_t left = p.in - start;
-    const uint8_t* from = row + start / 2;
-    _mm_prefetch(reinterpret_cast<const char*>(from + kPrefetch), _MM_HINT_T0);
-    const __m512i packed = _mm512_maskz_loadu_epi8(first_bytes(left / 2), from);
-    __m512i dots = _mm512_load_si512(x->correction);
-    dots = _mm512_dpbusd_epi32(dots, _mm512_and_si512(packed, low_nibbles), _mm512_load_si512(x->q));
-    dots = _mm512_dpbusd_epi32(dots, _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles),
-                               _mm512_load_si512(x->q + 64));
-    const __m128 scale = _mm_mul_ps(block_scales<Group>(scales + start / Group, left), _mm_load_ps(x->scale));
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), spread(scale, lanes), sum);
+  void prefetch(const uint8_t* from) const {
+    const int64_t over = from + kPrefetch - end;
+    _mm_prefetch(reinterpret_cast<const char*>(over < 0 ? from + kPrefetch : next + over), _MM_HINT_T0);
   }
-  return _mm512_reduce_add_ps(sum);
+};
+
+// A block of one row with T tokens, whose blocks are `stride` apart: adds to sums.
+template <int Group, int T, bool kWhole>
+inline void int4_block(const uint8_t* from, const uint16_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
+                       int64_t stride, __m512* sums) {
+  const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  const __m512i low_nibbles = _mm512_set1_epi8(15);
+  ahead.prefetch(from);
+  const __m512i packed = left.bytes(from, left.weights / 2);
+  const __m512i even = _mm512_and_si512(packed, low_nibbles);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
+  const __m128 row_scale = left.template scales<Group>(scales);
+  for (int t = 0; t < T; ++t, x += stride) {
+    __m512i dots = _mm512_load_si512(x->correction);
+    dots = _mm512_dpbusd_epi32(dots, even, _mm512_load_si512(x->q));
+    dots = _mm512_dpbusd_epi32(dots, odd, _mm512_load_si512(x->q + 64));
+    const __m512 scale = spread(_mm_mul_ps(row_scale, _mm_load_ps(x->scale)), lanes);
+    sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sums[t]);
+  }
 }
 
-template <int Group>
-float dot_int8(const QuantizedProduct& p, const uint8_t* row, const uint16_t* scales, const Block* x) {
+template <int Group, int T, bool kWhole>
+inline void int8_block(const uint8_t* from, const uint16_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
+                       int64_t stride, __m512* sums) {
   const __m512i low_lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i high_lanes = _mm512_add_epi32(low_lanes, _mm512_set1_epi32(2));
-  __m512 low_sum = _mm512_setzero_ps(), high_sum = _mm512_setzero_ps();
-  for (int64_t start = 0; start < p.in; start += kBlock, ++x) {
-    const int64_t left = p.in - start;
-    const uint8_t* from = row + start;
-    _mm_prefetch(reinterpret_cast<const char*>(from + kPrefetch), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(from + kPrefetch + 64), _MM_HINT_T0);
-    const __m512i low = _mm512_maskz_loadu_epi8(first_bytes(left), from);
-    const __m512i high = _mm512_maskz_loadu_epi8(first_bytes(left - 64), from + 64);
-    const __m512i low_dots =
-        _mm512_dpbusd_epi32(_mm512_load_si512(x->correction), low, _mm512_load_si512(x->q));
+  ahead.prefetch(from);
+  ahead.prefetch(from + 64);
+  const __m512i low = left.bytes(from, left.weights), high = left.bytes(from + 64, left.weights - 64);
+  const __m128 row_scale = left.template scales<Group>(scales);
+  for (int t = 0; t < T; ++t, x += stride) {
+    const __m512i low_dots = _mm512_dpbusd_epi32(_mm512_load_si512(x->correction), low, _mm512_load_si512(x->q));
     const __m512i high_dots =
         _mm512_dpbusd_epi32(_mm512_load_si512(x->correction + 16), high, _mm512_load_si512(x->q + 64));
-    const __m128 scale = _mm_mul_ps(block_scales<Group>(scales + start / Group, left), _mm_load_ps(x->scale));
-    low_sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low_dots), spread(scale, low_lanes), low_sum);
-    high_sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high_dots), spread(scale, high_lanes), high_sum);
+    const __m128 scale = _mm_mul_ps(row_scale, _mm_load_ps(x->scale));
+    sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low_dots), spread(scale, low_lanes), sums[t]);
+    sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high_dots), spread(scale, high_lanes), sums[t]);
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(low_sum, high_sum));
 }
 
-using Dot = float (*)(const QuantizedProduct&, const uint8_t*, const uint16_t*, const Block*);
+template <int Bits, int Group, int T, bool kWhole>
+inline void block(const uint8_t* from, const uint16_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
+                  int64_t stride, __m512* sums) {
+  if constexpr (Bits == 4)
+    int4_block<Group, T>(from, scales, left, ahead, x, stride, sums);
+  else
+    int8_block<Group, T>(from, scales, left, ahead, x, stride, sums);
+}
 
-template <Dot kDot>
-void rows(const QuantizedProduct& p, int64_t first, int64_t last) {
+// R rows times T tokens. A row's sum for a token has the same order whatever R and T are.
+template <int Bits, int Group, int R, int T>
+void tile(const QuantizedProduct& p, Ahead ahead, int64_t row, int64_t token) {
   const int64_t groups = p.in / p.group;
-  for (int64_t r = first; r < last; ++r)
-    for (int64_t t = 0; t < p.tokens; ++t)
-      p.y[t * p.out + r] = kDot(p, p.weights + r * p.row_bytes, p.scales + r * groups, p.x + t * p.blocks);
+  const uint8_t* weights = p.weights + row * p.row_bytes;
+  const uint16_t* scales = p.scales + row * groups;
+  const Block* x = p.x + token * p.blocks;
+  __m512 sums[R][T];
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
+  int64_t start = 0;
+  for (; start + kBlock <= p.in; start += kBlock, ++x)
+    for (int r = 0; r < R; ++r)
+      block<Bits, Group, T>(weights + r * p.row_bytes + start * Bits / 8, scales + r * groups + start / Group,
+                            Left<true>{kBlock}, ahead, x, p.blocks, sums[r]);
+  if (start < p.in)
+    for (int r = 0; r < R; ++r)
+      block<Bits, Group, T>(weights + r * p.row_bytes + start * Bits / 8, scales + r * groups + start / Group,
+                            Left<false>{p.in - start}, ahead, x, p.blocks, sums[r]);
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) p.y[(token + t) * p.out + row + r] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
-void int4_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
-  switch (p.group) {
-    case 32: return rows<dot_int4<32>>(p, first, last);
-    case 64: return rows<dot_int4<64>>(p, first, last);
-    default: return rows<dot_int4<128>>(p, first, last);
+template <int Bits, int Group>
+void rows(const QuantizedProduct& p, int64_t first, int64_t last) {
+  const Ahead ahead{p.weights + last * p.row_bytes, p.next};
+  int64_t r = first;
+  if (p.tokens == 1)  // two streams from memory
+    for (; r + 2 <= last; r += 2) tile<Bits, Group, 2, 1>(p, ahead, r, 0);
+  for (; r < last; ++r) {
+    int64_t t = 0;
+    for (; t + kTokens <= p.tokens; t += kTokens) tile<Bits, Group, 1, kTokens>(p, ahead, r, t);
+    for (; t < p.tokens; ++t) tile<Bits, Group, 1, 1>(p, ahead, r, t);
   }
 }
 
-void int8_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
+template <int Bits>
+void grouped_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
   switch (p.group) {
-    case 32: return rows<dot_int8<32>>(p, first, last);
-    case 64: return rows<dot_int8<64>>(p, first, last);
-    default: return rows<dot_int8<128>>(p, first, last);
+    case 32: return rows<Bits, 32>(p, first, last);
+    case 64: return rows<Bits, 64>(p, first, last);
+    default: return rows<Bits, 128>(p, first, last);
   }
 }
 
@@ -124,6 +174,6 @@ bool has_avx512() {
 
 }  // namespace
 
-const Tier kAvx512 = {"avx512", has_avx512, int4_rows, int8_rows, bf16_rows};
+const Tier kAvx512 = {"avx512", has_avx512, grouped_rows<4>, grouped_rows<8>, bf16_rows};
 
 }  // namespace localmoe

@@ -9,7 +9,7 @@ namespace localmoe {
 
 namespace {
 
-constexpr int64_t kResultRows = 64;  // of the down projections taken at a time
+constexpr int64_t kResultRows = 256;  // of the down projections taken at a time
 
 }  // namespace
 
@@ -69,22 +69,28 @@ void ExpertWorkspace::prepare(int64_t tokens) {
     if (wanted[form]) wanted_.push_back(&inputs_[form]);
 }
 
-void ExpertWorkspace::inner_rows(const Tier& tier, Job& job, int64_t block, std::vector<float>& scratch) {
+void ExpertWorkspace::inner_rows(const Tier& tier, int64_t item, int threads, std::vector<float>& scratch) {
+  Job& job = *items_[item].job;
   const Mlp& mlp = *job.mlp;
+  const int64_t block = items_[item].block;
+  // The threads take items in turn, so this one's next is probably so many further on
+  const auto after = static_cast<size_t>(item + threads);
+  const uint8_t* next = after < items_.size() ? items_[after].job->mlp->gate.row(items_[after].block * kBlock)
+                                              : jobs_.front().mlp->down.data;
   const int64_t first = block * kBlock, last = std::min(first + kBlock, mlp.gate.out), rows = last - first;
   const auto tokens = static_cast<int64_t>(job.tokens.size());
   scratch.resize(std::max<size_t>(scratch.size(), 2 * tokens * rows));
   float* gate = scratch.data();
   float* up = gate + tokens * rows;
-  job.input->multiply(tier, mlp.gate, first, last, gate, rows);
-  job.input->multiply(tier, mlp.up, first, last, up, rows);
+  job.input->multiply(tier, mlp.gate, first, last, gate, rows, mlp.up.row(first));
+  job.input->multiply(tier, mlp.up, first, last, up, rows, next);
   vector_ops(tier).silu_multiply(gate, up, tokens * rows);
   for (int64_t t = 0; t < tokens; ++t) job.inner.set_block(t, block, gate + t * rows);
   if (job.missing.fetch_sub(1, std::memory_order_acq_rel) == 1) job.missing.notify_all();
 }
 
 void ExpertWorkspace::result_rows(const Tier& tier, int64_t first, int64_t last, int64_t tokens, float* result,
-                                  std::vector<float>& scratch) {
+                                  int threads, std::vector<float>& scratch) {
   const int64_t rows = last - first;
   for (int64_t t = 0; t < tokens; ++t) std::fill_n(result + t * hidden_ + first, rows, 0.0f);
   for (size_t i = 0; i < used_; ++i) {
@@ -93,7 +99,9 @@ void ExpertWorkspace::result_rows(const Tier& tier, int64_t first, int64_t last,
     // Every inner item was taken before the first of these, so its thread is at work on it
     wait_for_zero(job.missing);
     scratch.resize(std::max<size_t>(scratch.size(), count * rows));
-    job.inner.multiply(tier, job.mlp->down, first, last, scratch.data(), rows);
+    const uint8_t* next = i + 1 < used_ ? jobs_[i + 1].mlp->down.row(first)
+                                        : jobs_.front().mlp->down.row(first + rows * threads);
+    job.inner.multiply(tier, job.mlp->down, first, last, scratch.data(), rows, next);
     for (int64_t j = 0; j < count; ++j) {
       float* to = result + job.tokens[j] * hidden_ + first;
       const float* from = scratch.data() + j * rows;
@@ -126,8 +134,8 @@ void ExpertWorkspace::forward(const Tier& tier, ThreadPool& pool, const std::vec
       pool.barrier();
     }
     std::vector<float>& scratch = scratch_[thread];
-    inner_.take([&](int64_t first, int64_t) { inner_rows(tier, *items_[first].job, items_[first].block, scratch); });
-    result_.take([&](int64_t first, int64_t last) { result_rows(tier, first, last, tokens, result, scratch); });
+    inner_.take([&](int64_t first, int64_t) { inner_rows(tier, first, pool.threads(), scratch); });
+    result_.take([&](int64_t first, int64_t last) { result_rows(tier, first, last, tokens, result, pool.threads(), scratch); });
   });
 }
 

@@ -24,12 +24,15 @@ struct alignas(64) Block {
 enum class Order { kNatural, kEvenOdd };
 
 // y[t, r] for rows [first, last): grouped integer weights. `weights` holds `row_bytes` bytes a row.
+// Prefetching goes on from the end of the rows to `next`, where this thread will probably read then: what lies behind
+// the rows is another thread's.
 struct QuantizedProduct {
   const uint8_t* weights;
   const uint16_t* scales;  // bfloat16 [out, in / group]
   const Block* x;          // [tokens, blocks]
   float* y;                // [tokens, out]
   int64_t tokens, out, in, group, row_bytes, blocks;
+  const uint8_t* next;
 };
 
 // The same for bfloat16 weights [out, in] and float32 activations [tokens, in].

@@ -42,7 +42,7 @@ void Operand::copy(int64_t token, const Operand& from, int64_t from_token) {
 }
 
 void Operand::multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y,
-                       int64_t stride) const {
+                       int64_t stride, const uint8_t* next) const {
   const uint8_t* rows = matrix.data + first * matrix.row_bytes;
   if (is_plain(form_)) {
     const DenseProduct product{reinterpret_cast<const uint16_t*>(rows), plain_.data(), y, tokens_, stride, in_};
@@ -51,7 +51,7 @@ void Operand::multiply(const Tier& tier, const Matrix& matrix, int64_t first, in
   }
   const auto* scales = static_cast<const uint16_t*>(matrix.scales) + first * (in_ / matrix.group);
   const QuantizedProduct product{rows,    scales, rounded_.data(), y,      tokens_, stride,
-                                 in_, matrix.group, matrix.row_bytes, blocks_};
+                                 in_, matrix.group, matrix.row_bytes, blocks_, next};
   (matrix.form == Form::kInt4 ? tier.int4 : tier.int8)(product, 0, last - first);
 }
 

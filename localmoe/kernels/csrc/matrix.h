@@ -18,6 +18,9 @@ struct Matrix {
   const uint8_t* data;
   const void* scales;  // bfloat16, or float32 for NF4; none for plain forms
   int64_t out, in, group, row_bytes;
+
+  // Where row `index` begins; the last row's begin for those beyond.
+  const uint8_t* row(int64_t index) const { return data + (index < out ? index : out - 1) * row_bytes; }
 };
 
 // Up to so many rows a product is matrix times vector for each: the weights' bytes decide. Above, weights are
@@ -41,8 +44,10 @@ class Operand {
   // Copies one row of another operand of the same shape.
   void copy(int64_t token, const Operand& from, int64_t from_token);
 
-  // y[t * stride + r - first] for rows [first, last) of the matrix.
-  void multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y, int64_t stride) const;
+  // y[t * stride + r - first] for rows [first, last) of the matrix. `next` is where the calling thread will probably
+  // read weights then.
+  void multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y, int64_t stride,
+                const uint8_t* next) const;
 
  private:
   Form form_ = Form::kFloat32;

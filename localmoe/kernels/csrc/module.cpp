@@ -116,7 +116,8 @@ class Kernels {
       });
       pool_.barrier();
       rows_.take([&](int64_t first, int64_t last) {
-        operand_.multiply(tier_, matrix, first, last, y.data() + first, matrix.out);
+        operand_.multiply(tier_, matrix, first, last, y.data() + first, matrix.out,
+                          matrix.row(last + (last - first) * (pool_.threads() - 1)));
       });
     });
   }
