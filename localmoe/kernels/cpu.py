@@ -18,8 +18,7 @@ TIERS = ("portable", "avx2", "avxvnni", "avx512")
 """From the plainest to the widest; `avx512` means F, BW, VL and VNNI."""
 
 MATVEC_TOKENS = 8
-"""Up to so many rows the int8-activation kernels are used: reading the weights dominates. Above it, one
-dequantization is shared by enough rows for float32 matrix products to win."""
+"""Up to so many rows are computed each as if alone, to the bit. Above, weights are unpacked for many rows at once."""
 
 
 def available_tiers() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import DeviceError, UsageError
-from localmoe.formats.weights import Weight
+from localmoe.formats.weights import DenseWeight, Weight
 from localmoe.kernels import cpu, reference
 from localmoe.kernels.attention import DecodeAttention, MlaWeights
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
@@ -105,6 +105,10 @@ class Product:
         self._matrix = None if backend is None else backend.matrix(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._backend is None or self._matrix is None or x.shape[0] > cpu.MATVEC_TOKENS:
+        if self._backend is None or self._matrix is None or self._torch_is_faster(x):
             return reference.linear(x, self._weight)
         return self._backend.linear(x, self._matrix)
+
+    def _torch_is_faster(self, x: Tensor) -> bool:
+        """Where no activations are rounded, torch's matrix product of many rows beats ours."""
+        return x.shape[0] > cpu.MATVEC_TOKENS and isinstance(self._weight, DenseWeight)

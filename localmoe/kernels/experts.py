@@ -43,7 +43,7 @@ class ExpertProducts:
         missing = [expert for expert in set(expert_ids.flatten().tolist()) if self._held[expert] is None]
         for expert in missing:
             self._hold(expert)
-        if self._native is not None and self._backend is not None and len(hidden) <= cpu.MATVEC_TOKENS:
+        if self._native is not None and self._backend is not None:
             return self._backend.experts(self._native, hidden, expert_ids, weights)
         return self._grouped(hidden, expert_ids, weights)
 

@@ -15,24 +15,49 @@ inline int64_t position(int64_t i, Order order) {
 
 }  // namespace
 
+namespace {
+
+// Rounds up to 32 activations; returns their scale.
+float round_group(const float* x, int64_t size, int8_t* q) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(x[i]));
+  const float scale = largest / 127.0f;
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for (int64_t i = 0; i < size; ++i) {
+    // Adding and taking away 1.5 * 2^23 rounds to the nearest even integer, as vectors
+    const float rounded = x[i] * inverse + 12582912.0f - 12582912.0f;
+    q[i] = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
+  }
+  return scale;
+}
+
+}  // namespace
+
 void quantize_activations(const float* x, int64_t n, int offset, Order order, Block* blocks) {
   const int64_t count = (n + kBlock - 1) / kBlock;
   std::memset(static_cast<void*>(blocks), 0, sizeof(Block) * count);
+  const int64_t lane = order == Order::kNatural ? 4 : 8;
   for (int64_t start = 0; start < n; start += kQuantGroup) {
     const int64_t size = std::min(kQuantGroup, n - start);
     Block& block = blocks[start / kBlock];
     const int64_t in_block = start % kBlock;
-    float largest = 0.0f;
-    for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(x[start + i]));
-    const float scale = largest / 127.0f;
-    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    const int64_t lane = order == Order::kNatural ? 4 : 8;
-    for (int64_t i = 0; i < size; ++i) {
-      const float q = std::clamp(std::nearbyint(x[start + i] * inverse), -127.0f, 127.0f);
-      block.q[position(in_block + i, order)] = static_cast<int8_t>(q);
-      block.correction[(in_block + i) / lane] -= offset * static_cast<int32_t>(q);
+    int8_t q[kQuantGroup] = {};
+    block.scale[in_block / kQuantGroup] = round_group(x + start, size, q);
+    for (int64_t i = 0; i < kQuantGroup; ++i) {
+      block.q[position(in_block + i, order)] = q[i];
+      block.correction[(in_block + i) / lane] -= offset * q[i];
     }
-    block.scale[in_block / kQuantGroup] = scale;
+  }
+}
+
+void quantize_plain(const float* x, int64_t n, int offset, PlainBlock& block) {
+  block = {};
+  for (int64_t start = 0; start < n; start += kQuantGroup) {
+    const int64_t group = start / kQuantGroup;
+    block.scale[group] = round_group(x + start, std::min(kQuantGroup, n - start), block.q + start);
+    int32_t sum = 0;
+    for (int64_t i = start; i < start + kQuantGroup; ++i) sum += block.q[i];
+    block.correction[group] = -offset * sum;
   }
 }
 

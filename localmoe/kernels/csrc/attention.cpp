@@ -36,8 +36,8 @@ void grow(std::vector<float>& memory, int64_t size) {
 
 }  // namespace
 
-void AttentionWorkspace::Step::prepare(const Matrix& matrix, int64_t tokens) {
-  operand.shape(matrix.form, tokens, matrix.in);
+void AttentionWorkspace::Step::prepare(const Tier& tier, const Matrix& matrix, int64_t tokens) {
+  operand.shape(tier, matrix.form, tokens, matrix.in, false);
   rounding.reset(tokens * operand.blocks(), 4);
   rows.reset(matrix.out, std::max<int64_t>(1, kChunkBytes / matrix.row_bytes));
 }
@@ -55,17 +55,17 @@ void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, 
   });
 }
 
-void AttentionWorkspace::prepare(const MlaLayer& layer, int64_t start, int64_t tokens, int threads) {
+void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_t start, int64_t tokens, int threads) {
   tokens_ = tokens;
   chunks_ = (start + tokens + kContextChunk - 1) / kContextChunk;
   head_blocks_ = (layer.heads + kHeadBlock - 1) / kHeadBlock;
   if (layer.query_down) {
-    query_down_.prepare(*layer.query_down, tokens);
+    query_down_.prepare(tier, *layer.query_down, tokens);
     grow(low_, tokens * layer.query_down->out);
   }
-  query_.prepare(layer.query, tokens);
-  latent_.prepare(layer.latent, tokens);
-  output_.prepare(layer.output, tokens);
+  query_.prepare(tier, layer.query, tokens);
+  latent_.prepare(tier, layer.latent, tokens);
+  output_.prepare(tier, layer.output, tokens);
   absorbing_.reset(tokens * layer.heads + 1, 1);
   attending_.reset(tokens * chunks_ * head_blocks_, 1);
   merging_.reset(tokens * layer.heads, 1);
@@ -162,7 +162,7 @@ void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLa
                                  int64_t start, const float* x, const float* rotations, int64_t tokens,
                                  float* result) {
   const VectorOps& ops = vector_ops(tier);
-  prepare(layer, start, tokens, pool.threads());
+  prepare(tier, layer, start, tokens, pool.threads());
   pool.run([&](int thread) {
     float* scratch = scratch_[thread].data();
     project(tier, pool, layer, x, thread);

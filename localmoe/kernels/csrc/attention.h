@@ -36,12 +36,12 @@ class AttentionWorkspace {
   struct Step {
     Operand operand;
     Chunks rounding, rows;
-    void prepare(const Matrix& matrix, int64_t tokens);
+    void prepare(const Tier& tier, const Matrix& matrix, int64_t tokens);
     void round(const float* x, int64_t stride);
     void multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then);
   };
 
-  void prepare(const MlaLayer& layer, int64_t start, int64_t tokens, int threads);
+  void prepare(const Tier& tier, const MlaLayer& layer, int64_t start, int64_t tokens, int threads);
   void project(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const float* x, int thread);
   void remember(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
                 const float* rotations);

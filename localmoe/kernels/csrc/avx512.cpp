@@ -174,6 +174,7 @@ bool has_avx512() {
 
 }  // namespace
 
-const Tier kAvx512 = {"avx512", has_avx512, grouped_rows<4>, grouped_rows<8>, bf16_rows};
+const Tier kAvx512 = {"avx512",  has_avx512,       grouped_rows<4>, grouped_rows<8>,
+                      bf16_rows, int4_gemm_avx512, int8_gemm_avx512};
 
 }  // namespace localmoe

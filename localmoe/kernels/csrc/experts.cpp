@@ -9,7 +9,10 @@ namespace localmoe {
 
 namespace {
 
-constexpr int64_t kResultRows = 256;  // of the down projections taken at a time
+// Rows of the down projections taken at a time: many make long streams, but every thread should get some.
+int64_t result_rows_for(int64_t width, int threads) {
+  return std::clamp<int64_t>(width / (4 * threads) / 64 * 64, 64, 256);
+}
 
 }  // namespace
 
@@ -48,7 +51,8 @@ void ExpertWorkspace::plan(const std::vector<std::optional<Mlp>>& routed, const 
   }
 }
 
-void ExpertWorkspace::prepare(int64_t tokens) {
+void ExpertWorkspace::prepare(const Tier& tier, int64_t tokens) {
+  const bool many = tokens > kMatvecTokens;
   inputs_.resize(kForms);
   std::array<bool, kForms> wanted{};
   items_.clear();
@@ -57,10 +61,10 @@ void ExpertWorkspace::prepare(int64_t tokens) {
     const auto count = static_cast<int64_t>(job.tokens.size());
     const Matrix& gate = job.mlp->gate;
     Operand& rounded = inputs_[static_cast<size_t>(gate.form)];
-    if (!std::exchange(wanted[static_cast<size_t>(gate.form)], true)) rounded.shape(gate.form, tokens, gate.in);
+    if (!std::exchange(wanted[static_cast<size_t>(gate.form)], true)) rounded.shape(tier, gate.form, tokens, gate.in, many);
     job.input = count == tokens ? &rounded : &job.gathered;  // its tokens are all of them, in order
-    if (count != tokens) job.gathered.shape(gate.form, count, gate.in);
-    job.inner.shape(job.mlp->down.form, count, gate.out);
+    if (count != tokens) job.gathered.shape(tier, gate.form, count, gate.in, many);
+    job.inner.shape(tier, job.mlp->down.form, count, gate.out, many);
     job.missing.store(job.inner.blocks(), std::memory_order_relaxed);
     for (int64_t block = 0; block < job.inner.blocks(); ++block) items_.push_back({&job, block});
   }
@@ -115,14 +119,14 @@ void ExpertWorkspace::forward(const Tier& tier, ThreadPool& pool, const std::vec
                               int64_t width, float* result) {
   hidden_ = width;
   plan(routed, shared, routing, tokens);
-  prepare(tokens);
+  prepare(tier, tokens);
   scratch_.resize(pool.threads());
   const int64_t blocks = (width + kBlock - 1) / kBlock;
   const auto inner_items = static_cast<int64_t>(items_.size());
   rounding_.reset(tokens * blocks, 4);
   gathering_.reset(static_cast<int64_t>(used_), 1);
   inner_.reset(inner_items, 1);
-  result_.reset(width, kResultRows);
+  result_.reset(width, result_rows_for(width, pool.threads()));
   pool.run([&](int thread) {
     rounding_.take([&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)

@@ -50,7 +50,7 @@ class ExpertWorkspace {
   };
 
   void plan(const std::vector<std::optional<Mlp>>& routed, const Mlp* shared, const Routing& routing, int64_t tokens);
-  void prepare(int64_t tokens);
+  void prepare(const Tier& tier, int64_t tokens);
   void gather(Job& job);
   void inner_rows(const Tier& tier, int64_t item, int threads, std::vector<float>& scratch);
   void result_rows(const Tier& tier, int64_t first, int64_t last, int64_t tokens, float* result, int threads,

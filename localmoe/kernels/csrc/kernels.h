@@ -23,6 +23,13 @@ struct alignas(64) Block {
 // How a block's q are ordered. int4 unpacks to the even and then the odd elements of 64 bytes at once.
 enum class Order { kNatural, kEvenOdd };
 
+// The same for products with many tokens, in their own order; `correction` is that of 32 activations.
+struct PlainBlock {
+  int8_t q[kBlock];
+  float scale[kBlock / kQuantGroup];
+  int32_t correction[kBlock / kQuantGroup];
+};
+
 // y[t, r] for rows [first, last): grouped integer weights. `weights` holds `row_bytes` bytes a row.
 // Prefetching goes on from the end of the rows to `next`, where this thread will probably read then: what lies behind
 // the rows is another thread's.
@@ -33,6 +40,7 @@ struct QuantizedProduct {
   float* y;                // [tokens, out]
   int64_t tokens, out, in, group, row_bytes, blocks;
   const uint8_t* next;
+  const PlainBlock* plain = nullptr;  // instead of x, for the products with many tokens
 };
 
 // The same for bfloat16 weights [out, in] and float32 activations [tokens, in].
@@ -49,16 +57,24 @@ struct Tier {
   void (*int4)(const QuantizedProduct&, int64_t first, int64_t last);
   void (*int8)(const QuantizedProduct&, int64_t first, int64_t last);
   void (*bf16)(const DenseProduct&, int64_t first, int64_t last);
+  // For many tokens, or none where the others serve as well.
+  void (*int4_gemm)(const QuantizedProduct&, int64_t first, int64_t last) = nullptr;
+  void (*int8_gemm)(const QuantizedProduct&, int64_t first, int64_t last) = nullptr;
 };
 
 // Rounds `n` activations to int8 in ceil(n / 128) blocks; what lies beyond n is zero.
 void quantize_activations(const float* x, int64_t n, int offset, Order order, Block* blocks);
+
+// The same for one block of the other kind, of at most 128 activations.
+void quantize_plain(const float* x, int64_t n, int offset, PlainBlock& block);
 
 std::vector<const Tier*> supported_tiers();  // by this CPU, the plainest first
 
 extern const Tier kPortable;
 #ifdef LOCALMOE_X86
 extern const Tier kAvx2, kAvxVnni, kAvx512;
+void int4_gemm_avx512(const QuantizedProduct&, int64_t first, int64_t last);
+void int8_gemm_avx512(const QuantizedProduct&, int64_t first, int64_t last);
 #endif
 
 }  // namespace localmoe

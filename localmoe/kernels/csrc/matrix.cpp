@@ -9,40 +9,49 @@ namespace {
 
 bool is_plain(Form form) { return form == Form::kFloat32 || form == Form::kBfloat16; }
 
+template <typename T>
+void grow(std::vector<T>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+}
+
 }  // namespace
 
-void Operand::shape(Form form, int64_t tokens, int64_t in) {
+void Operand::shape(const Tier& tier, Form form, int64_t tokens, int64_t in, bool many) {
   form_ = form;
   tokens_ = tokens;
   in_ = in;
   blocks_ = (in + kBlock - 1) / kBlock;
-  if (is_plain(form)) {
-    if (plain_.size() < static_cast<size_t>(tokens * in)) plain_.resize(tokens * in);
-  } else if (rounded_.size() < static_cast<size_t>(tokens * blocks_)) {
-    rounded_.resize(tokens * blocks_);
-  }
+  plain_blocks_ = many && !is_plain(form) && tier.int4_gemm != nullptr;
+  if (is_plain(form))
+    grow(plain_, tokens * in);
+  else if (plain_blocks_)
+    grow(plain_rounded_, tokens * blocks_);
+  else
+    grow(rounded_, tokens * blocks_);
 }
 
 void Operand::set_block(int64_t token, int64_t block, const float* x) {
-  const int64_t start = block * kBlock, size = std::min(kBlock, in_ - start);
-  if (is_plain(form_)) {
-    std::memcpy(plain_.data() + token * in_ + start, x, size * sizeof(float));
-    return;
-  }
+  const int64_t start = block * kBlock, size = std::min(kBlock, in_ - start), at = token * blocks_ + block;
   const bool nibbles = form_ == Form::kInt4;
-  quantize_activations(x, size, nibbles ? 8 : 128, nibbles ? Order::kEvenOdd : Order::kNatural,
-                       rounded_.data() + token * blocks_ + block);
+  if (is_plain(form_))
+    std::memcpy(plain_.data() + token * in_ + start, x, size * sizeof(float));
+  else if (plain_blocks_)
+    quantize_plain(x, size, nibbles ? 8 : 128, plain_rounded_[at]);
+  else
+    quantize_activations(x, size, nibbles ? 8 : 128, nibbles ? Order::kEvenOdd : Order::kNatural, &rounded_[at]);
 }
 
 void Operand::copy(int64_t token, const Operand& from, int64_t from_token) {
   if (is_plain(form_))
     std::copy_n(from.plain_.data() + from_token * in_, in_, plain_.data() + token * in_);
+  else if (plain_blocks_)
+    std::copy_n(from.plain_rounded_.data() + from_token * blocks_, blocks_, plain_rounded_.data() + token * blocks_);
   else
     std::copy_n(from.rounded_.data() + from_token * blocks_, blocks_, rounded_.data() + token * blocks_);
 }
 
-void Operand::multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y,
-                       int64_t stride, const uint8_t* next) const {
+void Operand::multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y, int64_t stride,
+                       const uint8_t* next) const {
   const uint8_t* rows = matrix.data + first * matrix.row_bytes;
   if (is_plain(form_)) {
     const DenseProduct product{reinterpret_cast<const uint16_t*>(rows), plain_.data(), y, tokens_, stride, in_};
@@ -50,9 +59,12 @@ void Operand::multiply(const Tier& tier, const Matrix& matrix, int64_t first, in
     return;
   }
   const auto* scales = static_cast<const uint16_t*>(matrix.scales) + first * (in_ / matrix.group);
-  const QuantizedProduct product{rows,    scales, rounded_.data(), y,      tokens_, stride,
-                                 in_, matrix.group, matrix.row_bytes, blocks_, next};
-  (matrix.form == Form::kInt4 ? tier.int4 : tier.int8)(product, 0, last - first);
+  const QuantizedProduct product{rows, scales,       rounded_.data(),  y,       tokens_, stride,
+                                 in_,  matrix.group, matrix.row_bytes, blocks_, next,    plain_rounded_.data()};
+  if (plain_blocks_)
+    (matrix.form == Form::kInt4 ? tier.int4_gemm : tier.int8_gemm)(product, 0, last - first);
+  else
+    (matrix.form == Form::kInt4 ? tier.int4 : tier.int8)(product, 0, last - first);
 }
 
 }  // namespace localmoe

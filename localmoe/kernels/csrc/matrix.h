@@ -30,8 +30,9 @@ constexpr int64_t kMatvecTokens = 8;
 // Rows of float32 activations, and the same rounded for one form of matrix. Memory is kept from use to use.
 class Operand {
  public:
-  // `tokens` rows of `in` numbers that matrices of `form` will be multiplied with.
-  void shape(Form form, int64_t tokens, int64_t in);
+  // `tokens` rows of `in` numbers that matrices of `form` will be multiplied with. `many`: for the tier's products
+  // with many tokens, if it has them.
+  void shape(const Tier& tier, Form form, int64_t tokens, int64_t in, bool many);
 
   int64_t blocks() const { return blocks_; }
 
@@ -52,7 +53,9 @@ class Operand {
  private:
   Form form_ = Form::kFloat32;
   int64_t tokens_ = 0, in_ = 0, blocks_ = 0;
+  bool plain_blocks_ = false;
   std::vector<Block> rounded_;
+  std::vector<PlainBlock> plain_rounded_;
   std::vector<float> plain_;
 };
 

@@ -106,9 +106,9 @@ class Kernels {
     require(extent(y, 0) == tokens && extent(y, 1) == matrix.out, "the result has another shape");
     nb::gil_scoped_release released;
     std::lock_guard lock(mutex_);
-    operand_.shape(matrix.form, tokens, matrix.in);
+    operand_.shape(tier_, matrix.form, tokens, matrix.in, tokens > kMatvecTokens);
     rounding_.reset(tokens * blocks, 4);
-    rows_.reset(matrix.out, std::max<int64_t>(1, kChunkBytes / matrix.row_bytes));
+    rows_.reset(matrix.out, std::max<int64_t>(tokens > kMatvecTokens ? 16 : 1, kChunkBytes / matrix.row_bytes));
     pool_.run([&](int) {
       rounding_.take([&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
