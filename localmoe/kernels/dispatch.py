@@ -57,6 +57,18 @@ class Kernels:
         """What the latent cache holds: bfloat16, or for the reference float32."""
         return torch.float32 if self.backend is None else torch.bfloat16
 
+    def share_cores(self, tokens: int) -> None:
+        """Say how large the coming pass is: torch and our team take turns on the same cores.
+
+        A thread of torch's that has just worked waits spinning, which a token's many small steps cannot afford, so
+        torch gets one thread in decode. Where the reference computes, torch keeps what it has.
+        """
+        if self.backend is None:
+            return
+        wanted = 1 if tokens <= cpu.MATVEC_TOKENS else self.backend.threads
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+
     def product(self, weight: Weight) -> Product:
         """x @ W^T for this matrix."""
         return Product(weight, self.backend)

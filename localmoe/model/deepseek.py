@@ -76,6 +76,7 @@ class Model:
     ) -> None:
         self.config = config
         self._path = path
+        self._kernels = kernels
         self._rope = Rope(config)
         self._embedding = source.tensor("model.embed_tokens.weight")  # [V, H], as stored
         self._blocks = [Block(config, source, layer, kernels, experts) for layer in range(config.num_hidden_layers)]
@@ -94,6 +95,7 @@ class Model:
             raise InputError("there is no token to run the model on")
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.config.vocab_size:
             raise InputError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
+        self._kernels.share_cores(count)
         positions = self._positions(cache.length, count)
         x = embedding_rows(self._embedding, token_ids)  # [T, H]
         for block in self._blocks:

@@ -11,7 +11,7 @@ namespace localmoe {
 namespace {
 
 constexpr int kRows = 16;
-constexpr int kTokens = 6;  // whose accumulators stay in registers
+constexpr int kTokens = 8;  // whose accumulators stay in registers
 
 // Vectors as elements: their own types lose their alignment as template arguments.
 struct Ints {
@@ -120,6 +120,17 @@ void multiply(const QuantizedProduct& p, const Panel& panel, int64_t token, int6
   for (int t = 0; t < T; ++t) _mm512_mask_storeu_ps(p.y + (token + t) * p.out + row, present, sums[t]);
 }
 
+// The last tokens, fewer than kTokens, at once: T of them or fewer.
+template <int T>
+void multiply_rest(const QuantizedProduct& p, const Panel& panel, int64_t token, int64_t row, __mmask16 present) {
+  if constexpr (T > 0) {
+    if (p.tokens - token == T)
+      multiply<T>(p, panel, token, row, present);
+    else
+      multiply_rest<T - 1>(p, panel, token, row, present);
+  }
+}
+
 template <int Bits>
 void gemm(const QuantizedProduct& p, int64_t first, int64_t last) {
   thread_local Panel panel;  // an unpacked panel of the widest matrix so far
@@ -128,8 +139,7 @@ void gemm(const QuantizedProduct& p, int64_t first, int64_t last) {
     const auto present = static_cast<__mmask16>((1u << std::min<int64_t>(kRows, last - row)) - 1);
     int64_t t = 0;
     for (; t + kTokens <= p.tokens; t += kTokens) multiply<kTokens>(p, panel, t, row, present);
-    for (; t + 2 <= p.tokens; t += 2) multiply<2>(p, panel, t, row, present);
-    for (; t < p.tokens; ++t) multiply<1>(p, panel, t, row, present);
+    multiply_rest<kTokens - 1>(p, panel, t, row, present);
   }
 }
 
