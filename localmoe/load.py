@@ -64,11 +64,14 @@ def load(
     config = ModelConfig.from_dict(checkpoint.config)
     check_checkpoint(config, checkpoint)
     needs = MemoryNeeds.of(config, checkpoint.tensors.values())
-    context = choose_context(needs, config.max_position_embeddings, ctx, available_memory() if ram is None else ram)
+    budget = available_memory() if ram is None else ram
+    context = choose_context(needs, config.max_position_embeddings, ctx, budget)
     if threads is not None:
         # Torch computes what has no kernel of ours (norms, softmax, prefill). Its pool belongs to the process and
         # idles while our kernels' pool runs, so both get the same number. Unset, torch takes a thread a core.
         torch.set_num_threads(threads)
+    if budget is not None and needs.always + needs.experts < budget:
+        checkpoint.warm()
     experts = ExpertStore(checkpoint, config, chosen)
     return Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
 

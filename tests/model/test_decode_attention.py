@@ -1,0 +1,137 @@
+"""Attention of a few tokens in one native call: the torch path's result, and the same bits in any batch.
+
+Against the torch path on the same weights in bf16: both compute in float32, so only the order of additions is left
+(1e-4 of the largest number). With int4 or int8 weights activations are rounded to 1/127 of the largest of 32, for two
+matrices in a row: 2 % of the norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmoe.formats import int4, int8
+from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
+from localmoe.kernels import cpu
+from localmoe.kernels.dispatch import Kernels
+from localmoe.model.config import ModelConfig
+from localmoe.model.kv_cache import LatentCache
+from localmoe.model.mla import Attention, Positions
+from localmoe.model.rope import Rope
+
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v3", "vocab_size": 8, "hidden_size": 96, "intermediate_size": 8,
+    "moe_intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 11, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 64,
+    "kv_lora_rank": 160, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12, "v_head_dim": 32,
+    "max_position_embeddings": 1024, "routed_scaling_factor": 1.0,
+}  # fmt: skip
+
+
+class Source:
+    """Random attention weights in the forms of a recipe."""
+
+    def __init__(self, config: ModelConfig, form: str) -> None:
+        torch.manual_seed(3)
+        heads, rank = config.num_attention_heads, config.kv_lora_rank
+        expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        hidden, query = config.hidden_size, heads * config.qk_head_dim
+        low = config.q_lora_rank or hidden
+        shapes = {
+            "q_a_proj": (low, hidden), "q_b_proj": (query, low), "q_proj": (query, hidden),
+            "kv_a_proj_with_mqa": (config.latent_width, hidden), "kv_b_proj": (expanded, rank),
+            "o_proj": (hidden, heads * config.v_head_dim),
+        }  # fmt: skip
+        self.weights = {name: stored(shape, "int8" if name == "kv_b_proj" and form == "int4" else form)
+                        for name, shape in shapes.items()}  # fmt: skip
+        self.norms = {"q_a_layernorm": low, "kv_a_layernorm": rank}
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.linspace(0.5, 1.5, self.norms[name.split(".")[-2]])
+
+    def weight(self, module: str) -> Weight:
+        return self.weights[module.split(".")[-1]]
+
+    def __contains__(self, name: str) -> bool:
+        return False
+
+
+def stored(shape: tuple[int, int], form: str) -> Weight:
+    if form == "bf16":
+        return DenseWeight((torch.randn(shape) * 1.5 / shape[1] ** 0.5).bfloat16())
+    scale = (torch.rand(shape[0], shape[1] // 32) + 0.5) * 1.5 / shape[1] ** 0.5
+    if form == "int4":
+        return Int4Weight(int4.pack(torch.randint(-8, 8, shape, dtype=torch.int8)), (scale / 4.6).bfloat16(), 32)
+    q = torch.randint(-128, 128, shape, dtype=torch.int16).to(torch.int8)
+    return Int8Weight(int8.pack(q), (scale / 74).bfloat16(), 32)
+
+
+class Layer:
+    """One layer's attention with a cache of its own that holds `context` random tokens."""
+
+    def __init__(self, form: str, tier: str, context: int, dtype: torch.dtype, **changes: Any) -> None:
+        self.config = ModelConfig.from_dict(CONFIG | changes)
+        self.attention = Attention(self.config, Source(self.config, form), 0, Kernels.choose(tier, threads=2))
+        self.cache = LatentCache(self.config, 1024, dtype)
+        self.rope = Rope(self.config)
+        torch.manual_seed(5)
+        self.cache.append(0, torch.randn(context, self.config.latent_width))
+        self.cache.advance(context)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Attention of the tokens `x` after those in the cache, which holds them then."""
+        count = len(x)
+        rotations = self.rope.rotations(self.cache.length, count)
+        future = torch.ones(count, count, dtype=torch.bool).triu_(1) if count > 1 else None
+        flat = torch.view_as_real(rotations).flatten(1)
+        result = self.attention(x, Positions(rotations, flat, future, "absorbed"), self.cache)
+        self.cache.advance(count)
+        return result
+
+
+def tokens(count: int) -> Tensor:
+    torch.manual_seed(count)
+    return torch.randn(count, int(CONFIG["hidden_size"]))
+
+
+@pytest.mark.parametrize("tier", cpu.available_tiers())
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("rank", [64, None])
+@pytest.mark.parametrize(("context", "count"), [(0, 1), (0, 8), (3, 1), (254, 5), (700, 1)])
+def test_it_is_the_torch_path(tier: str, form: str, rank: int | None, context: int, count: int) -> None:
+    ours = Layer(form, tier, context, torch.float32, q_lora_rank=rank)
+    wanted = Layer(form, "reference", context, torch.float32, q_lora_rank=rank)
+    found, expected = ours(tokens(count)), wanted(tokens(count))
+    if form == "bf16":
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        rows = [layer.cache.reserve(0, 0) for layer in (ours, wanted)]
+        torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
+    else:
+        assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("tier", cpu.available_tiers())
+def test_a_bf16_cache_costs_its_rounding(tier: str) -> None:
+    """2^-9 a number at most, of which most cancels: 1 % of the norm is ample."""
+    ours = Layer("bf16", tier, 300, torch.bfloat16)
+    exact = Layer("bf16", "reference", 300, torch.float32)
+    found, expected = ours(tokens(4)), exact(tokens(4))
+    assert 0 < (found - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.parametrize("tier", cpu.available_tiers())
+@pytest.mark.parametrize("context", [0, 250])
+def test_a_token_has_the_same_bits_alone_or_with_others(tier: str, context: int) -> None:
+    x = tokens(8)
+    together = Layer("int4", tier, context, torch.bfloat16)(x)
+    alone = Layer("int4", tier, context, torch.bfloat16)
+    assert torch.equal(torch.cat([alone(x[i : i + 1]) for i in range(8)]), together)
+
+
+def test_extreme_scores_stay_finite() -> None:
+    layer = Layer("bf16", "auto", 300, torch.float32)
+    layer.cache.reserve(0, 0)[:] *= 1e4
+    assert layer(tokens(2) * 1e4).isfinite().all()
