@@ -127,7 +127,7 @@ class Engine:
 
         Raises InputError for no tokens or ids outside the vocabulary, ContextOverflowError for too many.
         """
-        model = self._opened()
+        model = self.model
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if len(ids) > self.max_context:
             raise ContextOverflowError(f"{len(ids):,} tokens do not fit the context of {self.max_context:,}")
@@ -178,7 +178,7 @@ class Engine:
         Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
         answer, UsageError for a setting out of range, and what `prompt_ids` raises.
         """
-        model = self._opened()
+        model = self.model
         settings = Settings(
             max_tokens=max_tokens,
             sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
@@ -201,7 +201,9 @@ class Engine:
         self._cached = None
         self._checkpoint.close()
 
-    def _opened(self) -> Model:
+    @property
+    def model(self) -> Model:
+        """The network itself, for tools that run it their own way. Raises UsageError when the engine is closed."""
         if self._model is None:
             raise UsageError("the engine is closed")
         return self._model

@@ -259,7 +259,7 @@ class TestGenerating:
     def test_uneven_prefill_chunks_give_the_same_tokens(self, engine: Engine, chunk: int) -> None:
         ids = engine.prompt_ids(CHAT)
         cached = CachedTokens(LatentCache(engine.config, engine.max_context))
-        model = engine._opened()
+        model = engine.model
         chunked = tokens(generate(model, cached, ids, Settings(max_tokens=20), prefill_chunk=chunk))
         assert chunked == tokens(engine.generate(CHAT, max_tokens=20))
 
@@ -294,7 +294,9 @@ class TestGenerating:
         ids = engine.prompt_ids("Once upon a time there was")
         with load(DEMO, kernels=tier) as other:
             assert other.kernels.tier == (tier if tier != "auto" else Kernels.choose("auto").tier)
-            torch.testing.assert_close(other.logits(ids), engine.logits(ids), rtol=1e-4, atol=1e-4)
+            # Only the latent cache is narrower: FP8 weights have no kernel but the reference
+            found, wanted = (each.logits(ids).double().log_softmax(-1) for each in (other, engine))
+            assert float((wanted.exp() * (wanted - found)).sum(-1).mean()) < 1e-3
 
 
 class TestPrompts:

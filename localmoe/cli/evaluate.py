@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +59,8 @@ def evaluate(
 
     with ExitStack() as opened:
         engine = opened.enter_context(open_engine(model, machine)[1])
-        other = opened.enter_context(open_engine(reference, machine)[1]) if reference is not None else None
+        exactly = replace(machine, kernels="reference")  # no rounding but the checkpoint's own
+        other = opened.enter_context(open_engine(reference, exactly)[1]) if reference is not None else None
         advance = opened.enter_context(progress_bar("eval", counts="tokens"))
 
         def report(progress: EvaluationProgress) -> None:
