@@ -39,12 +39,13 @@ class DecodeAttention:
         """None without native kernels, or where a matrix has no native form."""
         if backend is None:
             return None
-        stored = [weights.query, weights.latent, weights.expand, weights.output]
-        matrices = [backend.matrix(weight) for weight in stored]
-        if None in matrices:
+        matrices = backend.matrices([weights.query, weights.latent, weights.expand, weights.output])
+        if matrices is None:
             return None
+        norm = weights.latent_norm.tolist()
+        query, latent, expand, output = matrices
         native = _cpu.Attention(
-            *matrices, weights.latent_norm.tolist(), weights.heads, weights.nope, weights.scale, weights.epsilon
+            query, latent, expand, output, norm, weights.heads, weights.nope, weights.scale, weights.epsilon
         )
         if weights.query_down is not None:
             down = backend.matrix(weights.query_down[0])

@@ -7,6 +7,8 @@ of float32 additions only. bf16 weights meet float32 activations. csrc/ holds th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ TIERS = ("portable", "avx2", "avxvnni", "avx512")
 
 MATVEC_TOKENS = 8
 """Up to so many rows are computed each as if alone, to the bit. Above, weights are unpacked for many rows at once."""
+
+_BANDWIDTH_BYTES = 512 << 20  # more than any cache holds
 
 
 def available_tiers() -> tuple[str, ...]:
@@ -46,6 +50,11 @@ class Backend:
                 return _cpu.Matrix.bf16(weight.tensor)
             case _:
                 return None
+
+    def matrices(self, weights: Iterable[Weight]) -> list[_cpu.Matrix] | None:
+        """`matrix` of each, or None where one has no native kernel."""
+        known = [self.matrix(weight) for weight in weights]
+        return None if None in known else [matrix for matrix in known if matrix is not None]
 
     def linear(self, x: Tensor, matrix: _cpu.Matrix) -> Tensor:
         """x @ W^T: float32 [T, in] -> float32 [T, out].
@@ -75,3 +84,8 @@ class Backend:
         result = torch.empty_like(x)
         self._kernels.attention(attention, x, rotations, cache, start, result)
         return result
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second that this team reads from memory: the best of three passes over 512 MiB."""
+        memory = torch.ones(_BANDWIDTH_BYTES, dtype=torch.uint8)
+        return max(self._kernels.read_bandwidth(memory) for _ in range(3))

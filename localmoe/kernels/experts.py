@@ -51,8 +51,8 @@ class ExpertProducts:
         """None where the shared expert's form has no native kernel."""
         native = _cpu.Experts(count)
         if self._shared is not None:
-            matrices = [backend.matrix(weight) for weight in self._shared]
-            if None in matrices:
+            matrices = backend.matrices(self._shared)
+            if matrices is None:
                 return None
             native.set_shared(*matrices)
         return native
@@ -60,8 +60,8 @@ class ExpertProducts:
     def _hold(self, expert: int) -> ExpertWeights:
         weights = self._held[expert] = self._look_up(expert)
         if self._native is not None and self._backend is not None:
-            matrices = [self._backend.matrix(weight) for weight in weights]
-            if None in matrices:
+            matrices = self._backend.matrices(weights)
+            if matrices is None:
                 self._native = None
             else:
                 self._native.set(expert, *matrices)

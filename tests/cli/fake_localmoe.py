@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from localmoe.errors import ContextOverflowError
 
@@ -57,7 +58,7 @@ class FakeEngine:
     template: str = "plain"
     max_context: int = 64
     path: Path = Path("fake-model")
-    kernels_tier: str = "fake"
+    kernels: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(tier="fake"))
     generation_defaults: dict = field(default_factory=dict)
     calls: list[dict] = field(default_factory=list)
     closed: bool = False

@@ -5,6 +5,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <string>
 #include <vector>
 
@@ -122,6 +124,24 @@ class Kernels {
     });
   }
 
+  // Bytes a second that the whole team reads of `memory`, once from end to end.
+  double read_bandwidth(const nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& memory) {
+    nb::gil_scoped_release released;
+    std::lock_guard lock(mutex_);
+    rows_.reset(extent(memory, 0), 1 << 20);
+    std::atomic<uint32_t> total{0};
+    const auto started = std::chrono::steady_clock::now();
+    pool_.run([&](int) {
+      uint32_t sum = 0;
+      rows_.take([&](int64_t first, int64_t last) {
+        sum += vector_ops(tier_).read(memory.data() + first, memory.data() + last);
+      });
+      total += sum;  // so that the reads are not for nothing
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started;
+    return static_cast<double>(memory.nbytes()) / seconds.count();
+  }
+
   // y = the experts' weighted sum and the shared expert's output. Every routed expert must have been set.
   void experts(const Experts& experts, const Rows<float>& x, const Rows<int64_t>& ids, const Rows<float>& weights,
                const Result& y) {
@@ -200,13 +220,13 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("out_features", [](const OwnedMatrix& matrix) { return matrix.view.out; });
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<int64_t>(), "count"_a)
-      .def("has", &Experts::has)
       .def("set", &Experts::set)
       .def("set_shared", &Experts::set_shared);
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<const std::string&, int, std::vector<int>>(), "tier"_a, "threads"_a, "cpus"_a)
       .def("linear", &Kernels::linear)
       .def("experts", &Kernels::experts)
+      .def("read_bandwidth", &Kernels::read_bandwidth)
       .def("attention", &Kernels::attention);
   nb::class_<Attention>(m, "Attention")
       .def(nb::init<const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&,

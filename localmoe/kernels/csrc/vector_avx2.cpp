@@ -26,6 +26,6 @@ inline Words widen(const uint16_t* from) {
 
 namespace localmoe {
 
-const VectorOps kAvx2Ops = {"avx2", combine_rows, dot_rows, store_row, attend, silu_multiply};
+const VectorOps kAvx2Ops = {"avx2", combine_rows, dot_rows, store_row, attend, silu_multiply, read};
 
 }  // namespace localmoe

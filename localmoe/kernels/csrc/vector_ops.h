@@ -45,6 +45,9 @@ struct VectorOps {
 
   // gate[i] = silu(gate[i]) * up[i].
   void (*silu_multiply)(float* gate, const float* up, int64_t n);
+
+  // Reads [first, last), whole cache lines, as fast as it can; the result is of no use but to have been made.
+  uint32_t (*read)(const uint8_t* first, const uint8_t* last);
 };
 
 constexpr int64_t kTileRows = 16;  // cached rows widened to float32 at a time

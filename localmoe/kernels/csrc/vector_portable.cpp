@@ -20,6 +20,6 @@ inline Words widen(const uint16_t* from) { return Words{from[0], from[1], from[2
 
 namespace localmoe {
 
-const VectorOps kPortableOps = {"portable", combine_rows, dot_rows, store_row, attend, silu_multiply};
+const VectorOps kPortableOps = {"portable", combine_rows, dot_rows, store_row, attend, silu_multiply, read};
 
 }  // namespace localmoe
