@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -21,6 +21,7 @@ from localmoe.errors import (
     UsageError,
 )
 from localmoe.formats.checkpoint import Checkpoint
+from localmoe.formats.safetensors import TensorInfo
 from localmoe.generate import PREFILL_CHUNK, CachedTokens, Settings, Step, generate
 from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
@@ -121,6 +122,11 @@ class Engine:
         except UsageError as error:
             raise CheckpointError(f"{path}: {error}") from error
         return advised
+
+    @property
+    def tensors(self) -> Iterable[TensorInfo]:
+        """What the checkpoint's headers say of every tensor."""
+        return self._checkpoint.tensors.values()
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Float32 logits [T, V] of one sequence of T tokens, from an empty cache.

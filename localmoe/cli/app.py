@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from localmoe.cli import streams
+from localmoe.cli.bench import bench
 from localmoe.cli.chat import chat
 from localmoe.cli.evaluate import evaluate
 from localmoe.cli.failure import READER_GONE, describe, hint
@@ -36,6 +37,7 @@ for name, function, summary in (
     ("pull", pull, "Download a model, every file checked."),
     ("quantize", quantize, "Make a 4-bit model of a source."),
     ("eval", evaluate, "Perplexity, and the distance to the source."),
+    ("bench", bench, "Tokens/s, and where the time goes."),
     ("list", list_models, "The models here, and those to pull."),
     ("show", show, "What a model is, and what 4 bits cost it."),
     ("verify", verify, "Check every file's hash."),

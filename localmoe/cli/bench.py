@@ -1,0 +1,85 @@
+"""`localmoe bench`: tokens a second, and where a token's time goes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from localmoe.cli import options, streams
+from localmoe.cli.opening import label, load_engine, locate
+
+if TYPE_CHECKING:
+    from localmoe.benchmark import Benchmark
+
+_KEYS = (
+    "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
+    "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
+    "bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+)  # fmt: skip
+
+
+def bench(
+    model: options.Model,
+    prompt: Annotated[int, typer.Option("-p", "--prompt", metavar="N", min=1, help="Tokens to prefill.")] = 512,
+    count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Tokens to decode.")] = 128,
+    context: Annotated[
+        int, typer.Option("--context", metavar="N", min=0, help="Tokens in the cache before decoding begins.")
+    ] = 0,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Medians over so many.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help=options.json_help(", ".join(_KEYS)))] = False,
+    device: options.Device = "auto",
+    kernels: options.KernelTier = "auto",
+    threads: options.Threads = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    ctx: options.Context = None,
+    debug: options.Debug = False,
+) -> None:
+    """Measure how fast MODEL runs here: prefill and decode in tokens/s, and how much of the memory bandwidth that is.
+
+    Random tokens, so it needs no text. Memory bandwidth is measured in the same run; breakdown is in milliseconds of
+    a decoded token.
+    """
+    machine = options.machine(device, kernels, threads, vram, ram, ctx)
+    resolved = locate(model)
+
+    from localmoe.benchmark import measure
+
+    try:
+        result = measure(
+            lambda: load_engine(resolved.path, machine),
+            prompt_tokens=prompt,
+            completion_tokens=count,
+            context=context,
+            repeats=repeats,
+            progress=lambda what: streams.passing_remark(f"{what} ..."),
+        )
+    finally:
+        streams.passing_remark("")
+    if as_json:
+        streams.write_json({"model": label(resolved), **asdict(result)})
+    else:
+        streams.write(_lines(label(resolved), result))
+
+
+def _lines(name: str, result: Benchmark) -> str:
+    lines = [
+        f"{name}, {result.kernels} kernels, {result.threads} threads",
+        f"open      {result.open_seconds:.2f} s; to the first token of a 16-token prompt "
+        f"{result.first_token_seconds:.2f} s",
+        f"prefill   {result.prefill_tokens_per_second:.1f} tokens/s, {result.prompt_tokens} tokens",
+        f"decode    {result.decode_tokens_per_second:.1f} tokens/s, {result.completion_tokens} tokens after "
+        f"{result.context}",
+    ]
+    if result.bandwidth_fraction is not None and result.read_bandwidth_bytes_per_second is not None:
+        lines.append(
+            f"          {result.bytes_per_token / 1e9:.2f} GB a token: {result.bandwidth_fraction:.0%} of the "
+            f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s that memory gives"
+        )
+    lines.append("a token   " + ", ".join(f"{part} {ms:.2f}" for part, ms in result.breakdown.items()) + " ms")
+    memory = f"memory    {result.peak_rss_bytes / 2**30:.2f} GiB at most, mapped weights included"
+    if result.rss_anon_bytes is not None:
+        memory += f"; {result.rss_anon_bytes / 2**20:.0f} MiB of it is not the weights' files"
+    return "\n".join([*lines, memory]) + "\n"
