@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from localmoe.kernels.dispatch import Kernels
@@ -32,20 +31,19 @@ class Experts(Protocol):
 class Router:
     """Chooses each token's experts and their weights, always in float32.
 
-    The matrix and the correction bias are held in float32 and never quantized: rounding either changes
-    which experts are chosen.
+    The matrix and the correction bias are never quantized: rounding either changes which experts are chosen.
     """
 
-    def __init__(self, config: ModelConfig, source: WeightSource, module: str) -> None:
+    def __init__(self, config: ModelConfig, source: WeightSource, module: str, kernels: Kernels) -> None:
         self._config = config
-        self._weight = source.tensor(f"{module}.weight").float()  # [E, H]
+        self._logits = kernels.product(source.weight(module))  # [E, H], never rounded, nor are its activations
         self._bias = None
         if config.topk_method == "noaux_tc":
             self._bias = source.tensor(f"{module}.e_score_correction_bias").float()  # [E]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float32 [T, H] -> expert ids int64 [T, k], weights float32 [T, k]."""
-        logits = F.linear(x, self._weight)  # [T, E]
+        logits = self._logits(x)  # [T, E]
         scores = logits.softmax(dim=1) if self._config.scoring_func == "softmax" else logits.sigmoid()
         if self._bias is None:
             return self._route_v2(scores)
@@ -94,7 +92,7 @@ class MoE:
     def __init__(
         self, config: ModelConfig, source: WeightSource, module: str, kernels: Kernels, experts: Experts
     ) -> None:
-        self._router = Router(config, source, f"{module}.gate")
+        self._router = Router(config, source, f"{module}.gate", kernels)
         self._experts = experts
         self._routing_time = kernels.profile.part("router")
         self._experts_time = kernels.profile.part("experts")

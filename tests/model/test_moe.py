@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from localmoe.formats.weights import DenseWeight
+from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
 from localmoe.model.moe import Router
 
@@ -84,7 +85,7 @@ def test_routers_follow_the_definition(name: str, base_config: dict[str, Any]) -
     config = ModelConfig.from_dict({**base_config, **CASES[name]})
     source = Source(16, 64, seed=list(CASES).index(name))
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(7))
-    expert_ids, weights = Router(config, source, "gate")(x)
+    expert_ids, weights = Router(config, source, "gate", Kernels.choose("reference"))(x)
     assert expert_ids.dtype == torch.int64
     assert weights.dtype == torch.float32
     for token in range(40):
@@ -97,7 +98,7 @@ def test_negative_biases_never_let_an_expert_of_another_group_in(base_config: di
     config = ModelConfig.from_dict({**base_config, "topk_group": 1, "num_experts_per_tok": 4})
     source = Source(16, 64, seed=3)
     source.tensors["gate.e_score_correction_bias"] -= 5.0  # every biased score is below 0, the masked value of old
-    expert_ids, _ = Router(config, source, "gate")(torch.randn(50, 64, generator=torch.Generator().manual_seed(3)))
+    expert_ids, _ = Router(config, source, "gate", Kernels.choose("reference"))(torch.randn(50, 64, generator=torch.Generator().manual_seed(3)))
     assert all(len(set((row // 4).tolist())) == 1 for row in expert_ids)
 
 
@@ -108,5 +109,5 @@ def test_the_bias_keeps_float32_precision(base_config: dict[str, Any]) -> None:
     bias = torch.full((16,), 8.0)
     bias[11] = 8.0 + 2**-18  # lost in bfloat16 and float16; 0.5 + it is exact in float32
     source.tensors["gate.e_score_correction_bias"] = bias
-    expert_ids, _ = Router(config, source, "gate")(torch.ones(1, 64))
+    expert_ids, _ = Router(config, source, "gate", Kernels.choose("reference"))(torch.ones(1, 64))
     assert expert_ids.tolist() == [[11]]

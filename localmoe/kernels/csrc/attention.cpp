@@ -8,7 +8,6 @@ namespace localmoe {
 namespace {
 
 constexpr int64_t kHeadBlock = 8;  // heads that attend together: enough to read a latent once for many
-constexpr int64_t kChunkBytes = 32768;
 
 // x / sqrt(mean(x^2) + epsilon) * weight, in place. Eight sums: shorter chains of rounding.
 void rms_norm(float* x, const std::vector<float>& weight, float epsilon) {
@@ -36,10 +35,11 @@ void grow(std::vector<float>& memory, int64_t size) {
 
 }  // namespace
 
-void AttentionWorkspace::Step::prepare(const Tier& tier, const Matrix& matrix, int64_t tokens) {
+void AttentionWorkspace::Step::prepare(const Tier& tier, const Matrix& matrix, int64_t tokens, int threads) {
   operand.shape(tier, matrix.form, tokens, matrix.in, false);
   rounding.reset(tokens * operand.blocks(), 4);
-  rows.reset(matrix.out, std::max<int64_t>(1, kChunkBytes / matrix.row_bytes));
+  threads_ = threads;
+  rows.reset(matrix.out, rows_at_a_time(matrix, threads));
 }
 
 void AttentionWorkspace::Step::round(const float* x, int64_t stride) {
@@ -51,7 +51,7 @@ void AttentionWorkspace::Step::round(const float* x, int64_t stride) {
 
 void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then) {
   rows.take([&](int64_t first, int64_t last) {
-    operand.multiply(tier, matrix, first, last, y + first, matrix.out, last < matrix.out ? matrix.row(last) : then.data);
+    operand.multiply(tier, matrix, first, last, y + first, matrix.out, last < matrix.out ? matrix.row(last + (threads_ - 1) * (last - first)) : then.data);
   });
 }
 
@@ -60,12 +60,12 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   chunks_ = (start + tokens + kContextChunk - 1) / kContextChunk;
   head_blocks_ = (layer.heads + kHeadBlock - 1) / kHeadBlock;
   if (layer.query_down) {
-    query_down_.prepare(tier, *layer.query_down, tokens);
+    query_down_.prepare(tier, *layer.query_down, tokens, threads);
     grow(low_, tokens * layer.query_down->out);
   }
-  query_.prepare(tier, layer.query, tokens);
-  latent_.prepare(tier, layer.latent, tokens);
-  output_.prepare(tier, layer.output, tokens);
+  query_.prepare(tier, layer.query, tokens, threads);
+  latent_.prepare(tier, layer.latent, tokens, threads);
+  output_.prepare(tier, layer.output, tokens, threads);
   absorbing_.reset(tokens * layer.heads + 1, 1);
   attending_.reset(tokens * chunks_ * head_blocks_, 1);
   merging_.reset(tokens * layer.heads, 1);

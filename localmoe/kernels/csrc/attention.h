@@ -36,7 +36,8 @@ class AttentionWorkspace {
   struct Step {
     Operand operand;
     Chunks rounding, rows;
-    void prepare(const Tier& tier, const Matrix& matrix, int64_t tokens);
+    int threads_ = 1;
+    void prepare(const Tier& tier, const Matrix& matrix, int64_t tokens, int threads);
     void round(const float* x, int64_t stride);
     void multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then);
   };

@@ -16,6 +16,12 @@ void grow(std::vector<T>& memory, int64_t size) {
 
 }  // namespace
 
+int64_t rows_at_a_time(const Matrix& matrix, int threads) {
+  constexpr int64_t kLeast = 32 << 10, kMost = 256 << 10, kSharesEach = 8;
+  const int64_t bytes = std::clamp(matrix.out * matrix.row_bytes / (threads * kSharesEach), kLeast, kMost);
+  return std::max<int64_t>(16, bytes / matrix.row_bytes / 16 * 16);  // whole panels of 16 for many tokens
+}
+
 void Operand::shape(const Tier& tier, Form form, int64_t tokens, int64_t in, bool many) {
   form_ = form;
   tokens_ = tokens;

@@ -23,6 +23,9 @@ struct Matrix {
   const uint8_t* row(int64_t index) const { return data + (index < out ? index : out - 1) * row_bytes; }
 };
 
+// Rows that a thread takes at a time: long streams from memory, yet so many that the threads end together.
+int64_t rows_at_a_time(const Matrix& matrix, int threads);
+
 // Up to so many rows a product is matrix times vector for each: the weights' bytes decide. Above, weights are
 // unpacked for many rows at once.
 constexpr int64_t kMatvecTokens = 8;

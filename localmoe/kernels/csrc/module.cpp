@@ -110,7 +110,7 @@ class Kernels {
     std::lock_guard lock(mutex_);
     operand_.shape(tier_, matrix.form, tokens, matrix.in, tokens > kMatvecTokens);
     rounding_.reset(tokens * blocks, 4);
-    rows_.reset(matrix.out, std::max<int64_t>(tokens > kMatvecTokens ? 16 : 1, kChunkBytes / matrix.row_bytes));
+    rows_.reset(matrix.out, rows_at_a_time(matrix, pool_.threads()));
     pool_.run([&](int) {
       rounding_.take([&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
@@ -182,8 +182,6 @@ class Kernels {
   }
 
  private:
-  static constexpr int64_t kChunkBytes = 32768;  // of weights a thread takes at a time: threads end together
-
   static const Tier& find(const std::string& name) {
     for (const Tier* tier : supported_tiers())
       if (tier->name == name) return *tier;

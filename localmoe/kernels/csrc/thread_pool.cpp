@@ -9,8 +9,9 @@ namespace localmoe {
 
 namespace {
 
-// Some tens of microseconds: the next matrix of a token comes sooner than a wake-up takes.
-constexpr int kSpins = 2000;
+// About a millisecond: between two calls for a token lie some tens of microseconds, and waking a thread of a virtual
+// machine takes longer than that.
+constexpr int kSpins = 40000;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -21,12 +22,29 @@ inline void relax() {
 }
 
 // A container may forbid it or hide the processor: then the thread runs where the system puts it.
-void pin(std::thread& thread, int cpu) {
+void pin(pthread_t thread, int cpu) {
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(cpu, &set);
-  pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
+  pthread_setaffinity_np(thread, sizeof(set), &set);
 }
+
+// Keeps the calling thread on a processor of its own while the others work: left free, it may share a worker's, and
+// both then wait for each other a scheduler's tick long. Afterwards it is free again, since the threads that other
+// libraries start from it inherit its place.
+class PinnedHere {
+ public:
+  explicit PinnedHere(int cpu) : known_(pthread_getaffinity_np(pthread_self(), sizeof(before_), &before_) == 0) {
+    if (known_) pin(pthread_self(), cpu);
+  }
+  ~PinnedHere() {
+    if (known_) pthread_setaffinity_np(pthread_self(), sizeof(before_), &before_);
+  }
+
+ private:
+  cpu_set_t before_;
+  bool known_;
+};
 
 }  // namespace
 
@@ -47,10 +65,11 @@ void wait_for_zero(const std::atomic<int64_t>& count) {
     count.wait(left, std::memory_order_acquire);
 }
 
-ThreadPool::ThreadPool(int threads, std::vector<int> cpus) : threads_(threads) {
+ThreadPool::ThreadPool(int threads, std::vector<int> cpus)
+    : threads_(threads), caller_cpu_(cpus.size() >= static_cast<size_t>(threads) ? cpus[0] : -1) {
   for (int i = 1; i < threads; ++i) {
     workers_.emplace_back([this, i] { loop(i); });
-    if (static_cast<size_t>(i) < cpus.size()) pin(workers_.back(), cpus[i]);
+    if (caller_cpu_ >= 0) pin(workers_.back().native_handle(), cpus[i]);
   }
 }
 
@@ -66,8 +85,14 @@ void ThreadPool::start_and_join() {
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
   }
-  call_(context_, 0);
-  barrier();
+  if (caller_cpu_ >= 0 && threads_ > 1) {
+    const PinnedHere pinned(caller_cpu_);
+    call_(context_, 0);
+    barrier();
+  } else {
+    call_(context_, 0);
+    barrier();
+  }
 }
 
 void ThreadPool::barrier() {

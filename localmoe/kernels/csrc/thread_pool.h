@@ -11,8 +11,8 @@ namespace localmoe {
 
 class ThreadPool {
  public:
-  // The calling thread is one of the team. The others are pinned to `cpus`, one each, as far as that goes: the
-  // caller stays free, since threads that other libraries start from it would inherit its place.
+  // The calling thread is one of the team. Each is pinned to one of `cpus`, the caller only while it works; where
+  // there are fewer of them than threads, none is.
   ThreadPool(int threads, std::vector<int> cpus);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -38,6 +38,7 @@ class ThreadPool {
   void loop(int thread);
 
   const int threads_;
+  const int caller_cpu_;  // or -1: nobody is pinned
   std::vector<std::thread> workers_;
   std::mutex callers_;  // held for a whole run
   void (*call_)(void*, int) = nullptr;
