@@ -98,7 +98,8 @@ def test_negative_biases_never_let_an_expert_of_another_group_in(base_config: di
     config = ModelConfig.from_dict({**base_config, "topk_group": 1, "num_experts_per_tok": 4})
     source = Source(16, 64, seed=3)
     source.tensors["gate.e_score_correction_bias"] -= 5.0  # every biased score is below 0, the masked value of old
-    expert_ids, _ = Router(config, source, "gate", Kernels.choose("reference"))(torch.randn(50, 64, generator=torch.Generator().manual_seed(3)))
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
+    expert_ids, _ = Router(config, source, "gate", Kernels.choose("reference"))(x)
     assert all(len(set((row // 4).tolist())) == 1 for row in expert_ids)
 
 
