@@ -7,8 +7,6 @@ namespace localmoe {
 
 namespace {
 
-constexpr int64_t kHeadBlock = 8;  // heads that attend together: enough to read a latent once for many
-
 // x / sqrt(mean(x^2) + epsilon) * weight, in place. Eight sums: shorter chains of rounding.
 void rms_norm(float* x, const std::vector<float>& weight, float epsilon) {
   const auto n = static_cast<int64_t>(weight.size());
@@ -78,7 +76,12 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   grow(attended_, partials * layer.rank);
   grow(outputs_, tokens * layer.heads * layer.value);
   scratch_.resize(threads);
-  for (std::vector<float>& scratch : scratch_) grow(scratch, attend_scratch(kHeadBlock, width) + layer.rank);
+  for (std::vector<float>& scratch : scratch_) grow(scratch, attend_scratch(width) + layer.rank);
+  interleaved_.resize(threads);
+  for (Interleaved& queries : interleaved_) {
+    queries.item = -1;
+    grow(queries.numbers, kHeadBlock * width);
+  }
 }
 
 // The query, by one matrix or two, and the tokens' rows of the cache before their norm.
@@ -130,14 +133,20 @@ Partial AttentionWorkspace::partial(const MlaLayer& layer, int64_t token, int64_
 }
 
 void AttentionWorkspace::attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
-                                int64_t item, float* scratch) {
-  const int64_t head = item % head_blocks_ * kHeadBlock, chunk = item / head_blocks_ % chunks_;
-  const int64_t token = item / head_blocks_ / chunks_, end = start + token + 1;
+                                int64_t item, int thread) {
+  const int64_t block = item % head_blocks_, chunk = item / head_blocks_ % chunks_;
+  const int64_t token = item / head_blocks_ / chunks_, end = start + token + 1, head = block * kHeadBlock;
   const int64_t first = chunk * kContextChunk, last = std::min(first + kContextChunk, end);
   if (first >= end) return;  // an earlier token of the pass, whose context has fewer chunks
-  const float* queries = absorbed_.data() + (token * layer.heads + head) * cache.width;
-  ops.attend(cache, first, last, queries, std::min(kHeadBlock, layer.heads - head),
-             partial(layer, token, chunk, head), scratch);
+  const int64_t heads = std::min(kHeadBlock, layer.heads - head);
+  Interleaved& queries = interleaved_[thread];
+  if (queries.item != token * head_blocks_ + block) {
+    queries.item = token * head_blocks_ + block;
+    ops.interleave(absorbed_.data() + (token * layer.heads + head) * cache.width, heads, cache.width,
+                   queries.numbers.data());
+  }
+  ops.attend(cache, first, last, queries.numbers.data(), heads, partial(layer, token, chunk, head),
+             scratch_[thread].data());
 }
 
 // The chunks' parts in their order, then v_b: log-sum-exp, as in FlashDecoding.
@@ -173,7 +182,7 @@ void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLa
         absorb(ops, layer, (item - 1) / layer.heads, (item - 1) % layer.heads, rotations);
     });
     pool.barrier();
-    attending_.take([&](int64_t item, int64_t) { attend(ops, layer, cache, start, item, scratch); });
+    attending_.take([&](int64_t item, int64_t) { attend(ops, layer, cache, start, item, thread); });
     pool.barrier();
     merging_.take([&](int64_t item, int64_t) {
       merge(ops, layer, start, item / layer.heads, item % layer.heads, scratch);

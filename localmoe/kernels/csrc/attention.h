@@ -42,13 +42,19 @@ class AttentionWorkspace {
     void multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then);
   };
 
+  // A token's queries of one block of heads, in the order that the kernels take; kept from chunk to chunk.
+  struct Interleaved {
+    int64_t item = -1;
+    std::vector<float> numbers;
+  };
+
   void prepare(const Tier& tier, const MlaLayer& layer, int64_t start, int64_t tokens, int threads);
   void project(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const float* x, int thread);
   void remember(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
                 const float* rotations);
   void absorb(const VectorOps& ops, const MlaLayer& layer, int64_t token, int64_t head, const float* rotations);
   void attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start, int64_t item,
-              float* scratch);
+              int thread);
   void merge(const VectorOps& ops, const MlaLayer& layer, int64_t start, int64_t token, int64_t head, float* scratch);
   Partial partial(const MlaLayer& layer, int64_t token, int64_t chunk, int64_t head);
 
@@ -57,6 +63,7 @@ class AttentionWorkspace {
   int64_t tokens_ = 0, chunks_ = 0, head_blocks_ = 0;
   std::vector<float> low_, queries_, rows_, absorbed_, largest_, sums_, attended_, outputs_;
   std::vector<std::vector<float>> scratch_;  // by thread
+  std::vector<Interleaved> interleaved_;     // by thread
 };
 
 }  // namespace localmoe

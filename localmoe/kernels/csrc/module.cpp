@@ -172,10 +172,13 @@ class Kernels {
     require(layer.query_down ? layer.query_down->in == layer.latent.in : layer.query.in == layer.latent.in,
             "the query's matrix has another width");
     require(extent(rotations, 0) == tokens && extent(rotations, 1) == layer.rope, "rotations have another shape");
-    require(extent(cache, 1) == width && start >= 0 && start + tokens <= extent(cache, 0), "the cache is too small");
-    const bool narrow = cache.dtype() == nb::dtype<bfloat16>();
-    require(narrow || cache.dtype() == nb::dtype<float>(), "the cache must be float32 or bfloat16");
-    const LatentRows rows{narrow ? CacheForm::kBfloat16 : CacheForm::kFloat32, cache.data(), width, layer.rank};
+    LatentRows rows{CacheForm::kInt8, cache.data(), width, layer.rank};
+    if (cache.dtype() == nb::dtype<float>()) rows.form = CacheForm::kFloat32;
+    if (cache.dtype() == nb::dtype<bfloat16>()) rows.form = CacheForm::kBfloat16;
+    require(rows.form != CacheForm::kInt8 || cache.dtype() == nb::dtype<uint8_t>(), "the cache has another type");
+    const int64_t itemsize = cache.dtype().bits / 8;
+    require(extent(cache, 1) * itemsize == rows.row_bytes(), "the cache has another width");
+    require(start >= 0 && start + tokens <= extent(cache, 0), "the cache is too small");
     nb::gil_scoped_release released;
     std::lock_guard lock(mutex_);
     attention_.forward(tier_, pool_, layer, rows, start, x.data(), rotations.data(), tokens, y.data());

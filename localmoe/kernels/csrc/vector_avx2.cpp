@@ -4,8 +4,7 @@
 namespace localmoe {
 namespace {
 constexpr int kWidth = 8;
-// Of a block of accumulators in registers: queries, and cached rows or vectors of a latent
-constexpr int kBlockHeads = 2, kBlockRows = 4, kBlockVectors = 4;
+constexpr int kScoreRows = 8;  // cached rows whose scores stay in registers
 }  // namespace
 }  // namespace localmoe
 
@@ -26,6 +25,6 @@ inline Words widen(const uint16_t* from) {
 
 namespace localmoe {
 
-const VectorOps kAvx2Ops = {"avx2", combine_rows, dot_rows, store_row, attend, silu_multiply, read};
+const VectorOps kAvx2Ops = {"avx2", combine_rows, dot_rows, store_row, interleave, attend, silu_multiply, read};
 
 }  // namespace localmoe

@@ -9,13 +9,24 @@ namespace localmoe {
 
 constexpr int64_t kContextChunk = 256;  // cached tokens attended to at a time, whatever the number of threads
 
-enum class CacheForm { kFloat32, kBfloat16 };
+constexpr int64_t kHeadBlock = 16;  // heads that attend together: enough to read a latent once for many
+
+// kInt8 is 128 + int8 for the latent, bf16 for the rotated key, then the latent's float32 scale.
+enum class CacheForm { kFloat32, kBfloat16, kInt8 };
 
 // One layer's latent cache: rows of latent (rank numbers), then rotated key.
 struct LatentRows {
   CacheForm form;
   void* data;
   int64_t width, rank;
+
+  int64_t row_bytes() const {
+    switch (form) {
+      case CacheForm::kFloat32: return width * 4;
+      case CacheForm::kBfloat16: return width * 2;
+      default: return rank + (width - rank) * 2 + 4;
+    }
+  }
 };
 
 // What attention over a chunk leaves, a head: the largest score, the sum of exp(score - largest), and that sum
@@ -38,8 +49,11 @@ struct VectorOps {
   // Writes one row of the cache, rounded to nearest.
   void (*store_row)(const LatentRows& rows, int64_t index, const float* x);
 
-  // Attention of one token's `heads` queries [heads, width], scaled, to cached tokens [first, last), at most
-  // kContextChunk of them. `scratch` has attend_scratch(heads, width) numbers.
+  // At most kHeadBlock queries [heads, width] in the order that `attend` takes: kHeadBlock * width numbers.
+  void (*interleave)(const float* queries, int64_t heads, int64_t width, float* to);
+
+  // Attention of one token's `heads` queries, scaled and interleaved, to cached tokens [first, last), at most
+  // kContextChunk of them. `scratch` has attend_scratch(width) numbers.
   void (*attend)(const LatentRows& rows, int64_t first, int64_t last, const float* queries, int64_t heads,
                  const Partial& partial, float* scratch);
 
@@ -52,7 +66,7 @@ struct VectorOps {
 
 constexpr int64_t kTileRows = 16;  // cached rows widened to float32 at a time
 
-inline int64_t attend_scratch(int64_t heads, int64_t width) { return heads * kContextChunk + kTileRows * width; }
+inline int64_t attend_scratch(int64_t width) { return kHeadBlock * kContextChunk + kTileRows * width; }
 
 // Those of the tier of this name; avxvnni has avx2's.
 const VectorOps& vector_ops(const Tier& tier);

@@ -2,8 +2,7 @@
 namespace localmoe {
 namespace {
 constexpr int kWidth = 4;
-// Of a block of accumulators in registers: queries, and cached rows or vectors of a latent
-constexpr int kBlockHeads = 2, kBlockRows = 2, kBlockVectors = 4;
+constexpr int kScoreRows = 4;  // cached rows whose scores stay in registers
 }  // namespace
 }  // namespace localmoe
 
@@ -20,6 +19,6 @@ inline Words widen(const uint16_t* from) { return Words{from[0], from[1], from[2
 
 namespace localmoe {
 
-const VectorOps kPortableOps = {"portable", combine_rows, dot_rows, store_row, attend, silu_multiply, read};
+const VectorOps kPortableOps = {"portable", combine_rows, dot_rows, store_row, interleave, attend, silu_multiply, read};
 
 }  // namespace localmoe
