@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from localmoe.errors import ContextOverflowError
-from localmoe.model.kv_cache import LatentCache
+from localmoe.model.kv_cache import LatentCache, row_bytes
 
 if TYPE_CHECKING:
     from localmoe.formats.safetensors import TensorInfo
@@ -104,7 +104,7 @@ def measure(
         peak, anonymous = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _rss_anon()
         bandwidths += [backend.read_bandwidth()] if backend else []
         decode = statistics.median(decodes)
-        row = engine.config.latent_width * engine.kernels.cache_dtype.itemsize * engine.config.num_hidden_layers
+        row = row_bytes(engine.config, engine.kernels.cache_dtype) * engine.config.num_hidden_layers
         size = bytes_per_token(engine.config, engine.tensors) + row * (context + completion_tokens // 2)
         bandwidth = statistics.mean(bandwidths) if bandwidths else None
         return Benchmark(

@@ -27,7 +27,7 @@ from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
-from localmoe.model.kv_cache import LatentCache
+from localmoe.model.kv_cache import LatentCache, row_bytes
 from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.experts import ExpertStore
 from localmoe.sampling import SamplingParams
@@ -47,24 +47,26 @@ def load(
     ctx: int | None = None,
     kernels: str = "auto",
     ram: int | None = None,
+    cache_dtype: str = "auto",
 ) -> Engine:
     """Open a model: a name or repository id, with or without a `:RECIPE` or `:source` ending, or a directory.
 
     Only headers are read; the weights are mapped and come into memory as they are used. `ram` (bytes) is the
     budget for what must stay in memory, the machine's available memory by default; `ctx` (tokens) is by default
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
+    `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
     """
     _check_device(device, vram)
-    chosen = Kernels.choose(kernels, threads)
+    chosen = Kernels.choose(kernels, threads, cache_dtype)
     resolved = resolve(str(model.expanduser().absolute()) if isinstance(model, Path) else model)
     checkpoint = Checkpoint.open(resolved.path)
     _refuse_unquantized(resolved, checkpoint)
     config = ModelConfig.from_dict(checkpoint.config)
     check_checkpoint(config, checkpoint)
-    needs = MemoryNeeds.of(config, checkpoint.tensors.values())
+    needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row_bytes(config, chosen.cache_dtype))
     budget = available_memory() if ram is None else ram
     context = choose_context(needs, config.max_position_embeddings, ctx, budget)
     if threads is not None:

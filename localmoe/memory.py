@@ -27,9 +27,12 @@ class MemoryNeeds:
     cache_per_token: int  # of the latent cache, all layers
 
     @classmethod
-    def of(cls, config: ModelConfig, tensors: Iterable[TensorInfo]) -> MemoryNeeds:
-        """Add up a checkpoint's headers. The MTP layers and the embedding, of which a token reads a row, are
-        left out; `kv_b_proj`, which attention keeps in float32 besides, is counted as such."""
+    def of(cls, config: ModelConfig, tensors: Iterable[TensorInfo], cache_row: int) -> MemoryNeeds:
+        """Add up a checkpoint's headers; a token's latents take `cache_row` bytes a layer.
+
+        The MTP layers and the embedding, of which a token reads a row, are left out; `kv_b_proj`, which attention
+        keeps in float32 besides, is counted as such.
+        """
         mtp = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
         always = experts = 0
         for info in tensors:
@@ -41,7 +44,7 @@ class MemoryNeeds:
         return cls(
             always=always + 4 * kv_b * config.num_hidden_layers,
             experts=experts,
-            cache_per_token=4 * config.latent_width * config.num_hidden_layers,
+            cache_per_token=cache_row * config.num_hidden_layers,
         )
 
     def context_within(self, budget: float) -> int:

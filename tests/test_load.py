@@ -127,7 +127,7 @@ class TestOpening:
             assert len(list(engine.generate(list(range(7, 30))))) <= 17
         with pytest.raises(UsageError, match="--ctx 513: the model was made for at most 512"):
             load(DEMO, ctx=513)
-        with pytest.raises(DeviceError, match=r"need 0\.01 GiB of memory and there are 0\.00"):
+        with pytest.raises(DeviceError, match=r"need 0\.00 GiB of memory and there are 0\.00"):
             load(DEMO, ram=1 << 20)
 
     @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def bench(
     vram: options.Vram = None,
     ram: options.Ram = None,
     ctx: options.Context = None,
+    cache_dtype: options.CacheDtype = "auto",
     debug: options.Debug = False,
 ) -> None:
     """Measure how fast MODEL runs here: prefill and decode in tokens/s, and how much of the memory bandwidth that is.
@@ -42,7 +43,7 @@ def bench(
     Random tokens, so it needs no text. Memory bandwidth is measured in the same run; breakdown is in milliseconds of
     a decoded token.
     """
-    machine = options.machine(device, kernels, threads, vram, ram, ctx)
+    machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     resolved = locate(model)
 
     from localmoe.benchmark import measure

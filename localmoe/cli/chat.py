@@ -46,12 +46,13 @@ def chat(
     vram: options.Vram = None,
     ram: options.Ram = None,
     ctx: options.Context = None,
+    cache_dtype: options.CacheDtype = "auto",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk with MODEL. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
     flags = options.SamplingFlags(temp, top_p, top_k, min_p).given()
-    machine = options.machine(device, kernels, threads, vram, ram, ctx)
+    machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     options.check_stop(stop)
     if not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout)):
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")

@@ -42,6 +42,7 @@ def evaluate(
     vram: options.Vram = None,
     ram: options.Ram = None,
     ctx: options.Context = None,
+    cache_dtype: options.CacheDtype = "auto",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
@@ -50,7 +51,7 @@ def evaluate(
     KLD is the divergence of MODEL's next-token distribution from the reference's, in nats a token; same top-1
     is how often both find the same token likeliest.
     """
-    machine = options.machine(device, kernels, threads, vram, ram, ctx)
+    machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     content = prompt.read_file(text)
 
     from localmoe.cli.opening import open_engine
@@ -59,7 +60,7 @@ def evaluate(
 
     with ExitStack() as opened:
         engine = opened.enter_context(open_engine(model, machine)[1])
-        exactly = replace(machine, kernels="reference")  # no rounding but the checkpoint's own
+        exactly = replace(machine, kernels="reference", cache_dtype="auto")  # no rounding but the checkpoint's own
         other = opened.enter_context(open_engine(reference, exactly)[1]) if reference is not None else None
         advance = opened.enter_context(progress_bar("eval", counts="tokens"))
 

@@ -39,6 +39,7 @@ def load_engine(path: Path, machine: Machine) -> Engine:
         vram=machine.vram,
         ram=machine.ram,
         ctx=machine.context,
+        cache_dtype=machine.cache_dtype,
     )
 
 

@@ -51,6 +51,7 @@ def run(
     vram: options.Vram = None,
     ram: options.Ram = None,
     ctx: options.Context = None,
+    cache_dtype: options.CacheDtype = "auto",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
@@ -60,7 +61,7 @@ def run(
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
     """
     flags = options.SamplingFlags(temp, top_p, top_k, min_p).given()
-    machine = options.machine(device, kernels, threads, vram, ram, ctx)
+    machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     if raw and (system is not None or think is not None or show_thinking):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
     options.check_stop(stop)

@@ -56,7 +56,7 @@ class DecodeAttention:
 
     def takes(self, tokens: int, cache: Tensor) -> bool:
         """Whether a pass of so many tokens over this cache is for these kernels."""
-        return tokens <= cpu.MATVEC_TOKENS and cache.dtype in (torch.float32, torch.bfloat16)
+        return tokens <= cpu.MATVEC_TOKENS and cache.dtype in (torch.float32, torch.bfloat16, torch.uint8)
 
     def __call__(self, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
         """See `cpu.Backend.attention`."""

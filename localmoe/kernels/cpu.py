@@ -79,7 +79,8 @@ class Backend:
         """Absorbed attention of a few tokens: float32 [T, H] -> [T, H] (`localmoe.model.mla` has the maths).
 
         rotations float32 [T, qk_rope_head_dim], as real and imaginary parts; cache [S, latent width] float32 or
-        bfloat16, whose rows from `start` on become the tokens'. A row's result does not depend on the others.
+        bfloat16, or uint8 as `localmoe.model.kv_cache` packs int8, whose rows from `start` on become the tokens'.
+        A row's result does not depend on the others.
         """
         result = torch.empty_like(x)
         self._kernels.attention(attention, x, rotations, cache, start, result)

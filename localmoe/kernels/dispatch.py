@@ -18,44 +18,45 @@ from localmoe.kernels.experts import ExpertProducts, ExpertWeights
 from localmoe.kernels.profile import Profile
 
 TIERS = ("auto", "reference", *cpu.TIERS)
+CACHE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class Kernels:
     """The products of one engine: a kernel tier and its threads."""
 
-    def __init__(self, tier: str, backend: cpu.Backend | None) -> None:
+    def __init__(self, tier: str, backend: cpu.Backend | None, cache_dtype: torch.dtype | None = None) -> None:
         self.tier = tier
         self.backend = backend
+        self.cache_dtype = cache_dtype or (torch.float32 if backend is None else torch.bfloat16)
+        """What the latent cache holds: bfloat16, or for the reference float32, if nothing else is asked for."""
         self.profile = Profile()
 
     @classmethod
-    def choose(cls, tier: str = "auto", threads: int | None = None) -> Kernels:
-        """The named tier, or for "auto" the best one this CPU has.
+    def choose(cls, tier: str = "auto", threads: int | None = None, cache_dtype: str = "auto") -> Kernels:
+        """The named tier, or for "auto" the best one this CPU has; `cache_dtype` one of CACHE_DTYPES or "auto".
 
         Raises UsageError for an unknown name or thread count, DeviceError for a tier this CPU lacks.
         """
+        if cache_dtype not in ("auto", *CACHE_DTYPES):
+            raise UsageError(f"--cache-dtype {cache_dtype}: unknown; choose one of auto, {', '.join(CACHE_DTYPES)}")
+        cached = CACHE_DTYPES.get(cache_dtype)
         if tier not in TIERS:
             raise UsageError(f"--kernels {tier}: unknown; choose one of {', '.join(TIERS)}")
         if threads is not None and threads < 1:
             raise UsageError(f"--threads {threads}: at least one is needed")
         if tier == "reference":
-            return cls(tier, None)
+            return cls(tier, None, cached)
         available = cpu.available_tiers()
         if tier == "auto":
             tier = available[-1]
         elif tier not in available:
             raise DeviceError(f"--kernels {tier}: this CPU does not have it; it has {', '.join(available)}")
-        return cls(tier, cpu.Backend(tier, threads))
+        return cls(tier, cpu.Backend(tier, threads), cached)
 
     @property
     def threads(self) -> int | None:
         """Threads of the native kernels, or None where torch's own are used."""
         return self.backend.threads if self.backend else None
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """What the latent cache holds: bfloat16, or for the reference float32."""
-        return torch.float32 if self.backend is None else torch.bfloat16
 
     def share_cores(self, tokens: int) -> None:
         """Say how large the coming pass is: torch and our team take turns on the same cores.

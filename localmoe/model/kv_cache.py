@@ -1,4 +1,8 @@
-"""The latent cache: what MLA remembers of a token, `kv_lora_rank + qk_rope_head_dim` numbers a layer."""
+"""The latent cache: what MLA remembers of a token, `kv_lora_rank + qk_rope_head_dim` numbers a layer.
+
+In int8 a row is bytes: the latent as 128 + int8, the rotated key in bf16, which long contexts are sensitive to, and
+the latent's float32 scale. vLLM's FP8 cache for MLA divides a row the same way.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,35 @@ from localmoe.errors import ContextOverflowError
 from localmoe.model.config import ModelConfig
 
 _STEP = 256
+
+
+def row_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a token in one layer; `dtype` float32, bfloat16 or int8."""
+    if dtype == torch.int8:
+        return config.kv_lora_rank + 2 * config.qk_rope_head_dim + 4
+    return config.latent_width * dtype.itemsize
+
+
+def pack_int8(rows: Tensor, rank: int) -> Tensor:
+    """Float32 rows [T, width], whose first `rank` numbers are the latent, as uint8 [T, row_bytes]."""
+    latent = rows[:, :rank]
+    scale = latent.abs().amax(dim=1, keepdim=True) / 127.0  # [T, 1]
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    values = ((latent * inverse).round().clamp(-127, 127) + 128).to(torch.uint8)
+    return torch.cat((values, _as_bytes(rows[:, rank:].bfloat16()), _as_bytes(scale)), dim=1)
+
+
+def unpack_int8(packed: Tensor, rank: int) -> Tensor:
+    """Float32 rows [T, width] of what `pack_int8` made."""
+    scale = packed[:, -4:].contiguous().view(torch.float32)  # [T, 1]
+    keys = packed[:, rank:-4].contiguous().view(torch.bfloat16)  # [T, p]
+    return torch.cat(((packed[:, :rank].float() - 128) * scale, keys.float()), dim=1)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    """[T, n] as uint8 [T, n * itemsize]."""
+    flat = torch.empty(values.shape, dtype=values.dtype)  # strides that `view` accepts even without tokens
+    return flat.copy_(values).view(torch.uint8)
 
 
 class LatentCache:
@@ -22,8 +55,11 @@ class LatentCache:
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype = torch.float32) -> None:
         self.capacity = capacity
         self._length = 0
-        self._width = config.latent_width
-        self._rows = [torch.empty(0, self._width, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self._rank = config.kv_lora_rank
+        self._packed = dtype == torch.int8
+        stored = torch.uint8 if self._packed else dtype
+        self._width = row_bytes(config, dtype) // stored.itemsize
+        self._rows = [torch.empty(0, self._width, dtype=stored) for _ in range(config.num_hidden_layers)]
 
     @property
     def length(self) -> int:
@@ -36,18 +72,19 @@ class LatentCache:
         return sum(rows.nbytes for rows in self._rows)
 
     def append(self, layer: int, rows: Tensor) -> Tensor:
-        """Write `rows` [T, width] after the tokens held and return all of the layer's: [length + T, width].
+        """Write float32 `rows` [T, width] after the tokens held and return all of the layer's: [length + T, width].
 
-        The result is a view, valid until the next append. Raises ContextOverflowError beyond `capacity`.
+        The result may be a view, valid until the next append; of an int8 cache it is float32. Raises
+        ContextOverflowError beyond `capacity`.
         """
         held = self.reserve(layer, len(rows))
-        held[self._length :] = rows
-        return held
+        held[self._length :] = pack_int8(rows, self._rank) if self._packed else rows
+        return unpack_int8(held, self._rank) if self._packed else held
 
     def reserve(self, layer: int, count: int) -> Tensor:
-        """The layer's rows [length + count, width], the last `count` of them to be written by the caller.
+        """The layer's rows as stored, [length + count, width], the last `count` of them to be written by the caller.
 
-        As `append` otherwise.
+        In int8 they are bytes, [length + count, row_bytes]. As `append` otherwise.
         """
         end = self._length + count
         if end > self.capacity:

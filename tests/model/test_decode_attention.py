@@ -123,6 +123,27 @@ def test_a_bf16_cache_costs_its_rounding(tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
+@pytest.mark.parametrize(("context", "count"), [(0, 1), (300, 4)])
+def test_an_int8_cache_is_read_as_torch_reads_it(tier: str, context: int, count: int) -> None:
+    """Both round the same rows: one that lies between two steps may go either way, so 1e-3 of the norm."""
+    ours = Layer("bf16", tier, context, torch.int8)
+    wanted = Layer("bf16", "reference", context, torch.int8)
+    found, expected = ours(tokens(count)), wanted(tokens(count))
+    assert (found - expected).norm() / expected.norm() < 1e-3
+    rows, same = (layer.cache.reserve(0, 0) for layer in (ours, wanted))
+    assert (rows != same).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("tier", cpu.available_tiers())
+def test_an_int8_cache_costs_its_rounding(tier: str) -> None:
+    """Half of 1/127 of a row's largest number, of which most cancels: 3 % of the norm."""
+    ours = Layer("bf16", tier, 300, torch.int8)
+    exact = Layer("bf16", "reference", 300, torch.float32)
+    found, expected = ours(tokens(4)), exact(tokens(4))
+    assert 0 < (found - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize("context", [0, 250])
 def test_a_token_has_the_same_bits_alone_or_with_others(tier: str, context: int) -> None:
     x = tokens(8)

@@ -9,7 +9,7 @@ import torch
 
 from localmoe.errors import ContextOverflowError
 from localmoe.model.config import ModelConfig
-from localmoe.model.kv_cache import LatentCache
+from localmoe.model.kv_cache import LatentCache, pack_int8, row_bytes, unpack_int8
 
 
 @pytest.fixture
@@ -68,3 +68,23 @@ def test_truncate_only_forgets(config: ModelConfig, length: int) -> None:
     fill(cache, config, 18)
     with pytest.raises(ValueError, match="18"):
         cache.truncate(length)
+
+
+def test_int8_is_within_half_a_step_and_keeps_keys_in_bf16(config: ModelConfig) -> None:
+    rows = torch.randn(5, 576) * torch.tensor([1.0, 100.0, 1e-6, 0.0, 1e30])[:, None]
+    found = unpack_int8(pack_int8(rows, 512), 512)
+    step = rows[:, :512].abs().amax(dim=1, keepdim=True) / 127
+    assert ((found - rows)[:, :512].abs() <= 0.501 * step).all()
+    assert torch.equal(found[:, 512:], rows[:, 512:].bfloat16().float())
+
+
+def test_an_int8_cache_gives_back_floats_and_costs_644_bytes_a_token(config: ModelConfig) -> None:
+    cache = LatentCache(config, capacity=100, dtype=torch.int8)
+    fill(cache, config, 60)
+    held = cache.append(1, torch.ones(40, 576))
+    assert held.dtype == torch.float32
+    assert held.shape == (100, 576)
+    torch.testing.assert_close(held[:60, 0], 2.0 + torch.arange(60), rtol=0.005, atol=0)
+    fill(cache, config, 40)
+    assert row_bytes(config, torch.int8) == 644
+    assert cache.nbytes == 100 * 3 * 644
