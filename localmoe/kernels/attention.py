@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localmoe.formats.weights import Weight
+from localmoe.formats.weights import Int4Weight, Nf4Weight, Weight
 from localmoe.kernels import _cpu, cpu
 
 
@@ -40,7 +40,7 @@ class DecodeAttention:
         if backend is None:
             return None
         matrices = backend.matrices([weights.query, weights.latent, weights.expand, weights.output])
-        if matrices is None:
+        if matrices is None or isinstance(weights.expand, Int4Weight | Nf4Weight):
             return None
         norm = weights.latent_norm.tolist()
         query, latent, expand, output = matrices

@@ -1,6 +1,6 @@
 """The C++ kernels: products over the on-disk layout, on threads of their own.
 
-int4 and int8 weights meet activations that are rounded to int8, with a scale for every 32 of them; the
+int4, int8 and NF4 weights meet activations that are rounded to int8, with a scale for every 32 of them; the
 integer dot products are exact, so against the reference a result differs by that rounding and by the order
 of float32 additions only. bf16 weights meet float32 activations. csrc/ holds the code.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
+from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight
 from localmoe.kernels import _cpu
 from localmoe.kernels.cores import physical_cores
 
@@ -46,6 +46,8 @@ class Backend:
                 return _cpu.Matrix.int4(weight.packed, weight.scale, weight.group_size)
             case Int8Weight():
                 return _cpu.Matrix.int8(weight.packed, weight.scale, weight.group_size)
+            case Nf4Weight():
+                return _cpu.Matrix.nf4(weight.codes, weight.absmax)
             case DenseWeight() if weight.tensor.dtype == torch.bfloat16:
                 return _cpu.Matrix.bf16(weight.tensor)
             case _:

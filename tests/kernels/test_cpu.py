@@ -1,7 +1,7 @@
 """The native kernels, every tier, against the reference.
 
 Two bounds. Against the same product with activations rounded as the kernel rounds them, in float64: float32
-summation error only. Against the reference: what rounding activations to int8 explains, half a step of each
+summation error only, and for NF4, whose values are kept in 14 bits, half a step of theirs. Against the reference: what rounding activations to int8 explains, half a step of each
 activation's scale times the weight's magnitude.
 """
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from localmoe.errors import DeviceError, UsageError
 from localmoe.formats import int4, int8
-from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight, dequantize
+from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight, dequantize
 from localmoe.kernels import cpu, reference
 from localmoe.kernels.cpu import MATVEC_TOKENS
 from localmoe.kernels.dispatch import Kernels
 
 SUMMATION = 5e-7  # float32 additions in another order, relative to the sum of magnitudes
+
+FIXED_POINT = 0.5 / 8128  # NF4's values in the kernels, relative to absmax
 
 IN_FEATURES = (32, 64, 96, 160, 1408, 2048)
 
@@ -31,6 +33,8 @@ def random_weight(kind: str, out_features: int, in_features: int, group: int) ->
     scale = torch.randn(out_features, in_features // group) * torch.logspace(-4, 1, in_features // group)
     scale[0] = 0
     scale[1, 0] = 2.0**100
+    if kind == "nf4":
+        return Nf4Weight(torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8), scale.abs())
     if kind == "int4":
         q = torch.randint(-8, 8, (out_features, in_features), dtype=torch.int8)
         return Int4Weight(int4.pack(q), scale.bfloat16(), group)
@@ -57,7 +61,10 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize("in_features", IN_FEATURES)
-@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 32), ("int8", 128)])
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 32), ("int8", 64), ("int8", 128), ("nf4", 64)],
+)
 @pytest.mark.parametrize("tokens", [1, 5, 9, 300])
 def test_quantized_products(tier: str, kind: str, group: int, in_features: int, tokens: int) -> None:
     if in_features % group:
@@ -69,8 +76,11 @@ def test_quantized_products(tier: str, kind: str, group: int, in_features: int, 
     matrix = dequantize(weight).double()
     x_rounded, step = rounded(x)
     magnitude = x_rounded.abs() @ matrix.abs().T
-    assert ((found - x_rounded @ matrix.T).abs() <= SUMMATION * magnitude).all()
-    explained = (0.5 + 1e-3) * step @ matrix.abs().T + SUMMATION * magnitude
+    own_error = SUMMATION * magnitude
+    if isinstance(weight, Nf4Weight):
+        own_error += FIXED_POINT * x_rounded.abs() @ weight.absmax.double().repeat_interleave(64, dim=1).T
+    assert ((found - x_rounded @ matrix.T).abs() <= own_error).all()
+    explained = (0.5 + 1e-3) * step @ matrix.abs().T + own_error
     assert ((found - reference.linear(x, weight).double()).abs() <= explained).all()
 
 
@@ -88,6 +98,16 @@ def test_the_extremes_do_not_saturate(tier: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_nf4s_extremes_do_not_saturate(tier: str, tokens: int) -> None:
+    for codes, value in ((0x00, -1.0), (0xFF, 1.0), (0x77, 0.0)):
+        weight = Nf4Weight(torch.full((3, 128), codes, dtype=torch.uint8), torch.ones(3, 4))
+        for sign in (1.0, -1.0):
+            found = Kernels.choose(tier, threads=1).linear(torch.full((tokens, 256), sign * 127.0), weight)
+            assert torch.allclose(found, torch.tensor(sign * 127.0 * 256 * value), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize("in_features", [1, 15, 16, 33, 576, 2048])
 def test_bf16_products(tier: str, in_features: int) -> None:
     weight = random_weight("bf16", 19, in_features, 32)
@@ -98,10 +118,10 @@ def test_bf16_products(tier: str, in_features: int) -> None:
 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
-@pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
-def test_a_row_does_not_depend_on_other_rows_or_threads(tier: str, kind: str) -> None:
-    weight = random_weight(kind, 1000, 416, 32)
-    x = random_activations(MATVEC_TOKENS, 416)
+@pytest.mark.parametrize(("kind", "in_features"), [("int4", 416), ("int8", 416), ("nf4", 448), ("bf16", 416)])
+def test_a_row_does_not_depend_on_other_rows_or_threads(tier: str, kind: str, in_features: int) -> None:
+    weight = random_weight(kind, 1000, in_features, 64 if kind == "nf4" else 32)
+    x = random_activations(MATVEC_TOKENS, in_features)
     together = Kernels.choose(tier, threads=3).linear(x, weight)
     alone = Kernels.choose(tier, threads=1)
     for t in range(MATVEC_TOKENS):

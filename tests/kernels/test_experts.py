@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from localmoe.formats import int4, int8
-from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
+from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight
 from localmoe.kernels import cpu
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
 
-COUNT, HIDDEN, INNER, TOP = 12, 160, 288, 4
+COUNT, HIDDEN, INNER, TOP = 12, 192, 320, 4
 ROUNDING = 0.02
 
 
 def matrix(form: str, out_features: int, in_features: int) -> Weight:
     if form == "bf16":
         return DenseWeight((torch.randn(out_features, in_features) / in_features**0.5).bfloat16())
+    if form == "nf4":
+        codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8)
+        return Nf4Weight(codes, (torch.rand(out_features, in_features // 64) + 0.5) / in_features**0.5)
     scale = (torch.rand(out_features, in_features // 32) + 0.5) / in_features**0.5
     if form == "int4":
         q = torch.randint(-8, 8, (out_features, in_features), dtype=torch.int8)
@@ -55,7 +58,7 @@ def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize(
-    ("form", "shared"), [("int4", "int4"), ("int4", "int8"), ("int4", "bf16"), ("int8", None), ("bf16", "bf16")]
+    ("form", "shared"), [("int4", "int4"), ("int4", "int8"), ("int4", "bf16"), ("int8", None), ("nf4", "int8"), ("bf16", "bf16")]
 )
 @pytest.mark.parametrize("count", [1, 3, 8, 50])
 def test_the_sum_is_the_references(tier: str, form: str, shared: str | None, count: int) -> None:

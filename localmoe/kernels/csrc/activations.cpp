@@ -8,15 +8,6 @@ namespace localmoe {
 
 namespace {
 
-// Where element i of a block goes: pairs (2b, 2b + 1) share a byte of int4 weights, low nibble first.
-inline int64_t position(int64_t i, Order order) {
-  return order == Order::kNatural ? i : (i & 1) * (kBlock / 2) + i / 2;
-}
-
-}  // namespace
-
-namespace {
-
 // Rounds up to 32 activations; returns their scale.
 float round_group(const float* x, int64_t size, int8_t* q) {
   float largest = 0.0f;
@@ -31,33 +22,39 @@ float round_group(const float* x, int64_t size, int8_t* q) {
   return scale;
 }
 
+// What a step of the weights' integers is worth.
+float unit_of(Form form) { return form == Form::kNf4 ? 1.0f / kNf4One : 1.0f; }
+
 }  // namespace
 
-void quantize_activations(const float* x, int64_t n, int offset, Order order, Block* blocks) {
+void quantize_activations(const float* x, int64_t n, Form form, Block* blocks) {
   const int64_t count = (n + kBlock - 1) / kBlock;
   std::memset(static_cast<void*>(blocks), 0, sizeof(Block) * count);
-  const int64_t lane = order == Order::kNatural ? 4 : 8;
+  const bool apart = even_odd(form);
+  const int64_t lane = apart ? 8 : 4;
   for (int64_t start = 0; start < n; start += kQuantGroup) {
     const int64_t size = std::min(kQuantGroup, n - start);
     Block& block = blocks[start / kBlock];
     const int64_t in_block = start % kBlock;
     int8_t q[kQuantGroup] = {};
-    block.scale[in_block / kQuantGroup] = round_group(x + start, size, q);
+    block.scale[in_block / kQuantGroup] = round_group(x + start, size, q) * unit_of(form);
     for (int64_t i = 0; i < kQuantGroup; ++i) {
-      block.q[position(in_block + i, order)] = q[i];
-      block.correction[(in_block + i) / lane] -= offset * q[i];
+      const int64_t at = in_block + i;
+      block.q[apart ? (at & 1) * (kBlock / 2) + at / 2 : at] = q[i];
+      block.correction[at / lane] -= zero_of(form) * q[i];
     }
   }
 }
 
-void quantize_plain(const float* x, int64_t n, int offset, PlainBlock& block) {
+void quantize_plain(const float* x, int64_t n, Form form, PlainBlock& block) {
   block = {};
   for (int64_t start = 0; start < n; start += kQuantGroup) {
     const int64_t group = start / kQuantGroup;
-    block.scale[group] = round_group(x + start, std::min(kQuantGroup, n - start), block.q + start);
+    const float scale = round_group(x + start, std::min(kQuantGroup, n - start), block.q + start);
+    block.scale[group] = scale * unit_of(form);
     int32_t sum = 0;
     for (int64_t i = start; i < start + kQuantGroup; ++i) sum += block.q[i];
-    block.correction[group] = -offset * sum;
+    block.correction[group] = -zero_of(form) * sum;
   }
 }
 

@@ -52,6 +52,14 @@ struct OwnedMatrix {
             nanobind::ndarray<>(packed), nanobind::ndarray<>(scale)};
   }
 
+  static OwnedMatrix nf4(const Rows<uint8_t>& codes, const Rows<float>& absmax) {
+    const int64_t group = 64, in = extent(codes, 1) * 2;
+    require(in % group == 0, "in_features are not a multiple of NF4's 64");
+    require(extent(absmax, 0) == extent(codes, 0) && extent(absmax, 1) == in / group, "absmax has another shape");
+    return {{Form::kNf4, codes.data(), absmax.data(), extent(codes, 0), in, group, in / 2},
+            nanobind::ndarray<>(codes), nanobind::ndarray<>(absmax)};
+  }
+
   static OwnedMatrix bf16(const Rows<bfloat16>& weight) {
     return {{Form::kBfloat16, reinterpret_cast<const uint8_t*>(weight.data()), nullptr, extent(weight, 0),
              extent(weight, 1), 0, extent(weight, 1) * 2},

@@ -5,20 +5,22 @@
 
 namespace {
 
-// maddubs adds two products in 16 bits: at most 2 * 15 * 127, far from saturation.
-inline __m256i dot_nibbles(__m256i acc, __m256i u, __m256i s) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+// maddubs adds two products in 16 bits and saturates. Of nibbles even four stay far from that: 4 * 15 * 127.
+inline __m256i dot_nibbles(__m256i acc, __m256i even, __m256i even_x, __m256i odd, __m256i odd_x) {
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even, even_x), _mm256_maddubs_epi16(odd, odd_x));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// maddubs would saturate here (2 * 255 * 127 > 32767), so both are widened to 16 bits first; the offset is
-// taken out by the flipped top bit, and no correction is needed.
-inline __m256i dot_bytes(__m256i u, __m256i s, const int32_t*) {
+// Two of 7 bits just fit: 2 * 127 * 127 < 32768.
+inline __m256i dot_sevens(__m256i acc, __m256i u, __m256i x) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
+}
+
+// Bytes up to 255 do not, but their distance from 128 does (2 * 128 * 127), with its sign given to the activations.
+inline __m256i dot_bytes(__m256i u, __m256i x, const int32_t*) {
   const __m256i centered = _mm256_xor_si256(u, _mm256_set1_epi8(-128));
-  const __m256i low = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(centered)),
-                                        _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s)));
-  const __m256i high = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_extracti128_si256(centered, 1)),
-                                         _mm256_cvtepi8_epi16(_mm256_extracti128_si256(s, 1)));
-  return _mm256_add_epi32(low, high);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(centered), _mm256_sign_epi8(x, centered));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
 }  // namespace
@@ -29,6 +31,6 @@ namespace localmoe {
 
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const Tier kAvx2 = {"avx2", has_avx2, int4_rows, int8_rows, bf16_rows};
+const Tier kAvx2 = {"avx2", has_avx2, quantized_rows, bf16_rows};
 
 }  // namespace localmoe

@@ -23,18 +23,17 @@ struct Left {
   }
 
   // The four scales of the block, one for each 32 weights, from 128 / Group stored ones.
-  template <int Group>
-  __m128 scales(const uint16_t* from) const {
-    __m128i bits;
-    if constexpr (kWhole && Group == 32) {
-      bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    } else if constexpr (kWhole) {
-      bits = _mm_maskz_loadu_epi16((1u << kBlock / Group) - 1, from);
+  template <Form F, int Group>
+  __m128 scales(const uint8_t* from) const {
+    const auto present = static_cast<__mmask8>((1u << std::min<int64_t>(kBlock / Group, weights / Group)) - 1);
+    __m128 stored;
+    if constexpr (F == Form::kNf4) {
+      stored = _mm_maskz_loadu_ps(present, from);
     } else {
-      const auto present = static_cast<__mmask8>((1u << std::min<int64_t>(kBlock / Group, weights / Group)) - 1);
-      bits = _mm_maskz_loadu_epi16(present, from);
+      const __m128i bits = kWhole && Group == 32 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))
+                                                 : _mm_maskz_loadu_epi16(present, from);
+      stored = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
     }
-    const __m128 stored = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
     if constexpr (Group == 32) return stored;
     if constexpr (Group == 64) return _mm_shuffle_ps(stored, stored, _MM_SHUFFLE(1, 1, 0, 0));
     return _mm_shuffle_ps(stored, stored, 0);
@@ -55,35 +54,58 @@ struct Ahead {
   }
 };
 
+// NF4's codes through a table of 16 bytes.
+struct Nf4Table {
+  __m512i numbers;
+
+  explicit Nf4Table(bool upper) {
+    alignas(16) int8_t bytes[16];
+    for (int code = 0; code < 16; ++code) bytes[code] = nf4_part(code, upper);
+    numbers = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  __m512i operator()(__m512i codes) const { return _mm512_shuffle_epi8(numbers, codes); }
+};
+
+// Dot products of 64 bytes' weights, the even and the odd ones, with a block's activations.
+inline __m512i dot_halves(__m512i dots, __m512i even, __m512i odd, const Block* x) {
+  dots = _mm512_dpbusd_epi32(dots, even, _mm512_load_si512(x->q));
+  return _mm512_dpbusd_epi32(dots, odd, _mm512_load_si512(x->q + 64));
+}
+
 // A block of one row with T tokens, whose blocks are `stride` apart: adds to sums.
-template <int Group, int T, bool kWhole>
-inline void int4_block(const uint8_t* from, const uint16_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
-                       int64_t stride, __m512* sums) {
+template <Form F, int Group, int T, bool kWhole>
+inline void four_bit_block(const uint8_t* from, const uint8_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
+                           int64_t stride, __m512* sums) {
   const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   const __m512i low_nibbles = _mm512_set1_epi8(15);
   ahead.prefetch(from);
   const __m512i packed = left.bytes(from, left.weights / 2);
-  const __m512i even = _mm512_and_si512(packed, low_nibbles);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
-  const __m128 row_scale = left.template scales<Group>(scales);
+  const __m512i low = _mm512_and_si512(packed, low_nibbles);
+  const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
+  const __m128 row_scale = left.template scales<F, Group>(scales);
   for (int t = 0; t < T; ++t, x += stride) {
     __m512i dots = _mm512_load_si512(x->correction);
-    dots = _mm512_dpbusd_epi32(dots, even, _mm512_load_si512(x->q));
-    dots = _mm512_dpbusd_epi32(dots, odd, _mm512_load_si512(x->q + 64));
+    if constexpr (F == Form::kInt4) {
+      dots = dot_halves(dots, low, high, x);
+    } else {  // the high nibble is the first of the two
+      const Nf4Table upper(true), lower(false);
+      const __m512i upper_dots = dot_halves(_mm512_setzero_si512(), upper(high), upper(low), x);
+      dots = _mm512_add_epi32(dot_halves(dots, lower(high), lower(low), x), _mm512_slli_epi32(upper_dots, 7));
+    }
     const __m512 scale = spread(_mm_mul_ps(row_scale, _mm_load_ps(x->scale)), lanes);
     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sums[t]);
   }
 }
 
 template <int Group, int T, bool kWhole>
-inline void int8_block(const uint8_t* from, const uint16_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
+inline void int8_block(const uint8_t* from, const uint8_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
                        int64_t stride, __m512* sums) {
   const __m512i low_lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i high_lanes = _mm512_add_epi32(low_lanes, _mm512_set1_epi32(2));
   ahead.prefetch(from);
   ahead.prefetch(from + 64);
   const __m512i low = left.bytes(from, left.weights), high = left.bytes(from + 64, left.weights - 64);
-  const __m128 row_scale = left.template scales<Group>(scales);
+  const __m128 row_scale = left.template scales<Form::kInt8, Group>(scales);
   for (int t = 0; t < T; ++t, x += stride) {
     const __m512i low_dots = _mm512_dpbusd_epi32(_mm512_load_si512(x->correction), low, _mm512_load_si512(x->q));
     const __m512i high_dots =
@@ -94,21 +116,22 @@ inline void int8_block(const uint8_t* from, const uint16_t* scales, Left<kWhole>
   }
 }
 
-template <int Bits, int Group, int T, bool kWhole>
-inline void block(const uint8_t* from, const uint16_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
+template <Form F, int Group, int T, bool kWhole>
+inline void block(const uint8_t* from, const uint8_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
                   int64_t stride, __m512* sums) {
-  if constexpr (Bits == 4)
-    int4_block<Group, T>(from, scales, left, ahead, x, stride, sums);
-  else
+  if constexpr (F == Form::kInt8)
     int8_block<Group, T>(from, scales, left, ahead, x, stride, sums);
+  else
+    four_bit_block<F, Group, T>(from, scales, left, ahead, x, stride, sums);
 }
 
 // R rows times T tokens. A row's sum for a token has the same order whatever R and T are.
-template <int Bits, int Group, int R, int T>
+template <Form F, int Group, int R, int T>
 void tile(const QuantizedProduct& p, Ahead ahead, int64_t row, int64_t token) {
-  const int64_t groups = p.in / p.group;
+  constexpr int64_t kBits = F == Form::kInt8 ? 8 : 4;
+  const int64_t scales_bytes = p.in / Group * scale_bytes(F);
   const uint8_t* weights = p.weights + row * p.row_bytes;
-  const uint16_t* scales = p.scales + row * groups;
+  const uint8_t* scales = p.scales + row * scales_bytes;
   const Block* x = p.x + token * p.blocks;
   __m512 sums[R][T];
   for (int r = 0; r < R; ++r)
@@ -116,35 +139,45 @@ void tile(const QuantizedProduct& p, Ahead ahead, int64_t row, int64_t token) {
   int64_t start = 0;
   for (; start + kBlock <= p.in; start += kBlock, ++x)
     for (int r = 0; r < R; ++r)
-      block<Bits, Group, T>(weights + r * p.row_bytes + start * Bits / 8, scales + r * groups + start / Group,
-                            Left<true>{kBlock}, ahead, x, p.blocks, sums[r]);
+      block<F, Group, T>(weights + r * p.row_bytes + start * kBits / 8,
+                         scales + r * scales_bytes + start / Group * scale_bytes(F), Left<true>{kBlock}, ahead, x,
+                         p.blocks, sums[r]);
   if (start < p.in)
     for (int r = 0; r < R; ++r)
-      block<Bits, Group, T>(weights + r * p.row_bytes + start * Bits / 8, scales + r * groups + start / Group,
-                            Left<false>{p.in - start}, ahead, x, p.blocks, sums[r]);
+      block<F, Group, T>(weights + r * p.row_bytes + start * kBits / 8,
+                         scales + r * scales_bytes + start / Group * scale_bytes(F), Left<false>{p.in - start}, ahead,
+                         x, p.blocks, sums[r]);
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) p.y[(token + t) * p.out + row + r] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
-template <int Bits, int Group>
+template <Form F, int Group>
 void rows(const QuantizedProduct& p, int64_t first, int64_t last) {
   const Ahead ahead{p.weights + last * p.row_bytes, p.next};
   int64_t r = first;
   if (p.tokens == 1)  // two streams from memory
-    for (; r + 2 <= last; r += 2) tile<Bits, Group, 2, 1>(p, ahead, r, 0);
+    for (; r + 2 <= last; r += 2) tile<F, Group, 2, 1>(p, ahead, r, 0);
   for (; r < last; ++r) {
     int64_t t = 0;
-    for (; t + kTokens <= p.tokens; t += kTokens) tile<Bits, Group, 1, kTokens>(p, ahead, r, t);
-    for (; t < p.tokens; ++t) tile<Bits, Group, 1, 1>(p, ahead, r, t);
+    for (; t + kTokens <= p.tokens; t += kTokens) tile<F, Group, 1, kTokens>(p, ahead, r, t);
+    for (; t < p.tokens; ++t) tile<F, Group, 1, 1>(p, ahead, r, t);
   }
 }
 
-template <int Bits>
+template <Form F>
 void grouped_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
   switch (p.group) {
-    case 32: return rows<Bits, 32>(p, first, last);
-    case 64: return rows<Bits, 64>(p, first, last);
-    default: return rows<Bits, 128>(p, first, last);
+    case 32: return rows<F, 32>(p, first, last);
+    case 64: return rows<F, 64>(p, first, last);
+    default: return rows<F, 128>(p, first, last);
+  }
+}
+
+void quantized_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
+  switch (p.form) {
+    case Form::kInt4: return grouped_rows<Form::kInt4>(p, first, last);
+    case Form::kInt8: return grouped_rows<Form::kInt8>(p, first, last);
+    default: return rows<Form::kNf4, 64>(p, first, last);
   }
 }
 
@@ -174,7 +207,6 @@ bool has_avx512() {
 
 }  // namespace
 
-const Tier kAvx512 = {"avx512",  has_avx512,       grouped_rows<4>, grouped_rows<8>,
-                      bf16_rows, int4_gemm_avx512, int8_gemm_avx512};
+const Tier kAvx512 = {"avx512", has_avx512, quantized_rows, bf16_rows, gemm_avx512};
 
 }  // namespace localmoe

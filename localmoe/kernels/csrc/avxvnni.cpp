@@ -6,9 +6,12 @@
 
 namespace {
 
-inline __m256i dot_nibbles(__m256i acc, __m256i u, __m256i s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
-inline __m256i dot_bytes(__m256i u, __m256i s, const int32_t* correction) {
-  return _mm256_dpbusd_avx_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(correction)), u, s);
+inline __m256i dot_sevens(__m256i acc, __m256i u, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, u, x); }
+inline __m256i dot_nibbles(__m256i acc, __m256i even, __m256i even_x, __m256i odd, __m256i odd_x) {
+  return dot_sevens(dot_sevens(acc, even, even_x), odd, odd_x);
+}
+inline __m256i dot_bytes(__m256i u, __m256i x, const int32_t* correction) {
+  return _mm256_dpbusd_avx_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(correction)), u, x);
 }
 
 }  // namespace
@@ -24,6 +27,6 @@ static bool has_avxvnni() {
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
 }
 
-const Tier kAvxVnni = {"avxvnni", has_avxvnni, int4_rows, int8_rows, bf16_rows};
+const Tier kAvxVnni = {"avxvnni", has_avxvnni, quantized_rows, bf16_rows};
 
 }  // namespace localmoe

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -21,9 +22,10 @@ struct Scales {
   __m512 v;
 };
 
-// 16 rows, unpacked: for each 4 in-features a vector with 4 unsigned bytes a row, and for each 32 their scales.
+// 16 rows, unpacked: for each 4 in-features a vector with 4 unsigned bytes a row, and for each 32 their scales. NF4 has
+// two such vectors, of the upper and of the lower seven bits: for each 32 first the upper ones.
 struct Panel {
-  std::vector<Ints> weights;   // [in / 4]
+  std::vector<Ints> weights;   // [in / 4] or [in / 2]
   std::vector<Scales> scales;  // [in / 32]
 };
 
@@ -49,71 +51,109 @@ inline __m512i lanes_of(const uint8_t* const* rows, int k, int64_t offset) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-template <int Bits>
-void unpack_group(const uint8_t* const* rows, int64_t group, Ints* to) {
-  const __m512i low_nibbles = _mm512_set1_epi8(15);
-  __m512i first[4], second[4];  // numbers 0-15 and 16-31 of the group
-  for (int k = 0; k < 4; ++k) {
-    if constexpr (Bits == 4) {
-      const __m512i packed = lanes_of(rows, k, group * 16);
-      const __m512i even = _mm512_and_si512(packed, low_nibbles);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
-      first[k] = _mm512_unpacklo_epi8(even, odd);
-      second[k] = _mm512_unpackhi_epi8(even, odd);
-    } else {
-      first[k] = lanes_of(rows, k, group * 32);
-      second[k] = lanes_of(rows, k, group * 32 + 16);
-    }
-  }
-  transpose(first, to);
-  transpose(second, to + 4);
+template <Form F>
+constexpr int kPlanes = F == Form::kNf4 ? 2 : 1;
+
+// Codes of NF4 as the upper or lower seven bits of their values.
+inline __m512i nf4_numbers(__m512i codes, bool upper) {
+  alignas(16) int8_t bytes[16];
+  for (int code = 0; code < 16; ++code) bytes[code] = nf4_part(code, upper);
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes))), codes);
 }
 
-template <int Bits>
+template <Form F>
+void unpack_group(const uint8_t* const* rows, int64_t group, Ints* to) {
+  const __m512i low_nibbles = _mm512_set1_epi8(15);
+  __m512i halves[2][4];  // numbers 0-15 and 16-31 of the group
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (F == Form::kInt8) {
+      halves[0][k] = lanes_of(rows, k, group * 32);
+      halves[1][k] = lanes_of(rows, k, group * 32 + 16);
+    } else {
+      const __m512i packed = lanes_of(rows, k, group * 16);
+      const __m512i low = _mm512_and_si512(packed, low_nibbles);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
+      const __m512i even = F == Form::kInt4 ? low : high, odd = F == Form::kInt4 ? high : low;
+      halves[0][k] = _mm512_unpacklo_epi8(even, odd);
+      halves[1][k] = _mm512_unpackhi_epi8(even, odd);
+    }
+  }
+  for (const auto& half : halves) {
+    if constexpr (F == Form::kNf4) {
+      __m512i upper[4], lower[4];
+      for (int k = 0; k < 4; ++k) upper[k] = nf4_numbers(half[k], true), lower[k] = nf4_numbers(half[k], false);
+      transpose(upper, to);
+      transpose(lower, to + 8);
+    } else {
+      transpose(half, to);
+    }
+    to += 4;
+  }
+}
+
+template <Form F>
 void unpack(const QuantizedProduct& p, int64_t row, int64_t last, Panel& panel) {
   const int64_t groups = p.in / kQuantGroup, stored = p.in / p.group, share = p.group / kQuantGroup;
   const uint8_t* rows[kRows];
-  const uint16_t* scales[kRows];
+  const uint8_t* scales[kRows];
   for (int r = 0; r < kRows; ++r) {  // beyond the last row: that one again, not stored in the end
     const int64_t at = std::min(row + r, last - 1);
     rows[r] = p.weights + at * p.row_bytes;
-    scales[r] = p.scales + at * stored;
+    scales[r] = p.scales + at * stored * scale_bytes(F);
   }
-  panel.weights.resize(p.in / 4);
+  panel.weights.resize(p.in / 4 * kPlanes<F>);
   panel.scales.resize(groups);
   for (int64_t g = 0; g < groups; ++g) {
-    unpack_group<Bits>(rows, g, panel.weights.data() + 8 * g);
+    unpack_group<F>(rows, g, panel.weights.data() + 8 * kPlanes<F> * g);
     if (g % share != 0) {
       panel.scales[g] = panel.scales[g - 1];
       continue;
     }
     alignas(64) float values[kRows];
-    for (int r = 0; r < kRows; ++r) values[r] = from_bf16(scales[r][g / share]);
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (F == Form::kNf4)
+        std::memcpy(values + r, scales[r] + g / share * 4, 4);
+      else
+        values[r] = from_bf16(reinterpret_cast<const uint16_t*>(scales[r])[g / share]);
+    }
     panel.scales[g].v = _mm512_load_ps(values);
   }
 }
 
-// T tokens from `token` on with a panel, whose rows are `row` and after.
+// Adds 32 in-features of T tokens to dots. `x` is the first token's block, `part` the 32 of it.
 template <int T>
+inline void add_group(const Ints* weights, const PlainBlock* x, int64_t stride, int64_t part, __m512i* dots) {
+  for (int j = 0; j < 8; ++j) {
+    const __m512i w = weights[j].v;
+    for (int t = 0; t < T; ++t) {
+      const auto* q = reinterpret_cast<const int32_t*>(x[t * stride].q + part * kQuantGroup);
+      dots[t] = _mm512_dpbusd_epi32(dots[t], w, _mm512_set1_epi32(q[j]));
+    }
+  }
+}
+
+// T tokens from `token` on with a panel, whose rows are `row` and after.
+template <Form F, int T>
 void multiply(const QuantizedProduct& p, const Panel& panel, int64_t token, int64_t row, __mmask16 present) {
   __m512 sums[T];
   for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
-  const PlainBlock* x = p.plain + token * p.blocks;
   const Ints* weights = panel.weights.data();
   const int64_t groups = p.in / kQuantGroup;
-  for (int64_t g = 0; g < groups; ++g, weights += 8) {
-    const int64_t block = g / 4, part = g % 4;
+  for (int64_t g = 0; g < groups; ++g, weights += 8 * kPlanes<F>) {
+    const PlainBlock* x = p.plain + token * p.blocks + g / 4;
+    const int64_t part = g % 4;
     __m512i dots[T];
-    for (int t = 0; t < T; ++t) dots[t] = _mm512_set1_epi32(x[t * p.blocks + block].correction[part]);
-    for (int j = 0; j < 8; ++j) {
-      const __m512i w = weights[j].v;
-      for (int t = 0; t < T; ++t) {
-        const auto* q = reinterpret_cast<const int32_t*>(x[t * p.blocks + block].q + part * kQuantGroup);
-        dots[t] = _mm512_dpbusd_epi32(dots[t], w, _mm512_set1_epi32(q[j]));
-      }
+    if constexpr (F == Form::kNf4) {
+      for (int t = 0; t < T; ++t) dots[t] = _mm512_setzero_si512();
+      add_group<T>(weights, x, p.blocks, part, dots);
+      for (int t = 0; t < T; ++t)
+        dots[t] = _mm512_add_epi32(_mm512_slli_epi32(dots[t], 7), _mm512_set1_epi32(x[t * p.blocks].correction[part]));
+    } else {
+      for (int t = 0; t < T; ++t) dots[t] = _mm512_set1_epi32(x[t * p.blocks].correction[part]);
     }
+    add_group<T>(weights + 8 * (kPlanes<F> - 1), x, p.blocks, part, dots);
     for (int t = 0; t < T; ++t) {
-      const __m512 scale = _mm512_mul_ps(panel.scales[g].v, _mm512_set1_ps(x[t * p.blocks + block].scale[part]));
+      const __m512 scale = _mm512_mul_ps(panel.scales[g].v, _mm512_set1_ps(x[t * p.blocks].scale[part]));
       sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, sums[t]);
     }
   }
@@ -121,31 +161,36 @@ void multiply(const QuantizedProduct& p, const Panel& panel, int64_t token, int6
 }
 
 // The last tokens, fewer than kTokens, at once: T of them or fewer.
-template <int T>
+template <Form F, int T>
 void multiply_rest(const QuantizedProduct& p, const Panel& panel, int64_t token, int64_t row, __mmask16 present) {
   if constexpr (T > 0) {
     if (p.tokens - token == T)
-      multiply<T>(p, panel, token, row, present);
+      multiply<F, T>(p, panel, token, row, present);
     else
-      multiply_rest<T - 1>(p, panel, token, row, present);
+      multiply_rest<F, T - 1>(p, panel, token, row, present);
   }
 }
 
-template <int Bits>
+template <Form F>
 void gemm(const QuantizedProduct& p, int64_t first, int64_t last) {
   thread_local Panel panel;  // an unpacked panel of the widest matrix so far
   for (int64_t row = first; row < last; row += kRows) {
-    unpack<Bits>(p, row, last, panel);
+    unpack<F>(p, row, last, panel);
     const auto present = static_cast<__mmask16>((1u << std::min<int64_t>(kRows, last - row)) - 1);
     int64_t t = 0;
-    for (; t + kTokens <= p.tokens; t += kTokens) multiply<kTokens>(p, panel, t, row, present);
-    multiply_rest<kTokens - 1>(p, panel, t, row, present);
+    for (; t + kTokens <= p.tokens; t += kTokens) multiply<F, kTokens>(p, panel, t, row, present);
+    multiply_rest<F, kTokens - 1>(p, panel, t, row, present);
   }
 }
 
 }  // namespace
 
-void int4_gemm_avx512(const QuantizedProduct& p, int64_t first, int64_t last) { gemm<4>(p, first, last); }
-void int8_gemm_avx512(const QuantizedProduct& p, int64_t first, int64_t last) { gemm<8>(p, first, last); }
+void gemm_avx512(const QuantizedProduct& p, int64_t first, int64_t last) {
+  switch (p.form) {
+    case Form::kInt4: return gemm<Form::kInt4>(p, first, last);
+    case Form::kInt8: return gemm<Form::kInt8>(p, first, last);
+    default: return gemm<Form::kNf4>(p, first, last);
+  }
+}
 
 }  // namespace localmoe

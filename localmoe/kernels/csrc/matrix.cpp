@@ -27,7 +27,7 @@ void Operand::shape(const Tier& tier, Form form, int64_t tokens, int64_t in, boo
   tokens_ = tokens;
   in_ = in;
   blocks_ = (in + kBlock - 1) / kBlock;
-  plain_blocks_ = many && !is_plain(form) && tier.int4_gemm != nullptr;
+  plain_blocks_ = many && !is_plain(form) && tier.quantized_gemm != nullptr;
   if (is_plain(form))
     grow(plain_, tokens * in);
   else if (plain_blocks_)
@@ -38,13 +38,12 @@ void Operand::shape(const Tier& tier, Form form, int64_t tokens, int64_t in, boo
 
 void Operand::set_block(int64_t token, int64_t block, const float* x) {
   const int64_t start = block * kBlock, size = std::min(kBlock, in_ - start), at = token * blocks_ + block;
-  const bool nibbles = form_ == Form::kInt4;
   if (is_plain(form_))
     std::memcpy(plain_.data() + token * in_ + start, x, size * sizeof(float));
   else if (plain_blocks_)
-    quantize_plain(x, size, nibbles ? 8 : 128, plain_rounded_[at]);
+    quantize_plain(x, size, form_, plain_rounded_[at]);
   else
-    quantize_activations(x, size, nibbles ? 8 : 128, nibbles ? Order::kEvenOdd : Order::kNatural, &rounded_[at]);
+    quantize_activations(x, size, form_, &rounded_[at]);
 }
 
 void Operand::copy(int64_t token, const Operand& from, int64_t from_token) {
@@ -64,13 +63,11 @@ void Operand::multiply(const Tier& tier, const Matrix& matrix, int64_t first, in
     tier.bf16(product, 0, last - first);
     return;
   }
-  const auto* scales = static_cast<const uint16_t*>(matrix.scales) + first * (in_ / matrix.group);
-  const QuantizedProduct product{rows, scales,       rounded_.data(),  y,       tokens_, stride,
-                                 in_,  matrix.group, matrix.row_bytes, blocks_, next,    plain_rounded_.data()};
-  if (plain_blocks_)
-    (matrix.form == Form::kInt4 ? tier.int4_gemm : tier.int8_gemm)(product, 0, last - first);
-  else
-    (matrix.form == Form::kInt4 ? tier.int4 : tier.int8)(product, 0, last - first);
+  const auto* scales = static_cast<const uint8_t*>(matrix.scales) +
+                       first * (in_ / matrix.group) * scale_bytes(matrix.form);
+  const QuantizedProduct product{matrix.form, rows, scales,       rounded_.data(),  y,       tokens_, stride,
+                                 in_,         matrix.group, matrix.row_bytes, blocks_, next,    plain_rounded_.data()};
+  (plain_blocks_ ? tier.quantized_gemm : tier.quantized)(product, 0, last - first);
 }
 
 }  // namespace localmoe

@@ -9,9 +9,6 @@
 
 namespace localmoe {
 
-enum class Form { kFloat32, kBfloat16, kInt4, kInt8, kNf4 };
-constexpr size_t kForms = 5;
-
 // [out, in], in memory that others own. `group` weights of a row share a scale.
 struct Matrix {
   Form form;

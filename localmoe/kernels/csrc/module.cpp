@@ -217,6 +217,7 @@ NB_MODULE(_cpu, m) {
       .def_static("int8", [](const Rows<int32_t>& packed, const Rows<bfloat16>& scale, int64_t group) {
         return OwnedMatrix::integers(Form::kInt8, packed, scale, group);
       })
+      .def_static("nf4", &OwnedMatrix::nf4)
       .def_static("bf16", &OwnedMatrix::bf16)
       .def_prop_ro("out_features", [](const OwnedMatrix& matrix) { return matrix.view.out; });
   nb::class_<Experts>(m, "Experts")

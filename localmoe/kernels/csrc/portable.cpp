@@ -10,9 +10,33 @@ namespace {
 
 inline float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
-// Bits is 4 or 8: the only difference between the two formats here.
-template <int Bits>
-void quantized_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
+// The dot product of the 32 weights from `start` of a row with their activations.
+template <Form F>
+int32_t dot_group(const uint8_t* row, int64_t start, const Block& block) {
+  const int64_t in_block = start % kBlock;
+  int32_t dot = 0;
+  if constexpr (F == Form::kInt8) {
+    for (int64_t i = 0; i < kQuantGroup; ++i) dot += (row[start + i] - zero_of(F)) * block.q[in_block + i];
+    return dot;
+  }
+  for (int64_t i = 0; i < kQuantGroup / 2; ++i) {
+    const uint8_t pair = row[start / 2 + i];
+    const int32_t first = F == Form::kInt4 ? pair & 15 : kNf4[pair >> 4];
+    const int32_t second = F == Form::kInt4 ? pair >> 4 : kNf4[pair & 15];
+    dot += (first - zero_of(F)) * block.q[in_block / 2 + i];
+    dot += (second - zero_of(F)) * block.q[kBlock / 2 + in_block / 2 + i];
+  }
+  return dot;
+}
+
+template <Form F>
+inline float stored_scale(const uint8_t* scales, int64_t index) {
+  if constexpr (F == Form::kNf4) return reinterpret_cast<const float*>(scales)[index];
+  return from_bf16(reinterpret_cast<const uint16_t*>(scales)[index]);
+}
+
+template <Form F>
+void rows(const QuantizedProduct& p, int64_t first, int64_t last) {
   const int64_t groups = p.in / p.group;
   for (int64_t r = first; r < last; ++r) {
     const uint8_t* row = p.weights + r * p.row_bytes;
@@ -21,22 +45,19 @@ void quantized_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
       float sum = 0.0f;
       for (int64_t start = 0; start < p.in; start += kQuantGroup) {
         const Block& block = x[start / kBlock];
-        const int64_t in_block = start % kBlock;
-        int32_t dot = 0;
-        if constexpr (Bits == 4) {
-          for (int64_t i = 0; i < kQuantGroup / 2; ++i) {
-            const uint8_t pair = row[start / 2 + i];
-            dot += ((pair & 15) - 8) * block.q[in_block / 2 + i];
-            dot += ((pair >> 4) - 8) * block.q[kBlock / 2 + in_block / 2 + i];
-          }
-        } else {
-          for (int64_t i = 0; i < kQuantGroup; ++i) dot += (row[start + i] - 128) * block.q[in_block + i];
-        }
-        const float scale = from_bf16(p.scales[r * groups + start / p.group]) * block.scale[in_block / kQuantGroup];
-        sum += scale * static_cast<float>(dot);
+        const float scale = stored_scale<F>(p.scales, r * groups + start / p.group);
+        sum += scale * block.scale[start % kBlock / kQuantGroup] * static_cast<float>(dot_group<F>(row, start, block));
       }
       p.y[t * p.out + r] = sum;
     }
+  }
+}
+
+void quantized_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
+  switch (p.form) {
+    case Form::kInt4: return rows<Form::kInt4>(p, first, last);
+    case Form::kInt8: return rows<Form::kInt8>(p, first, last);
+    default: return rows<Form::kNf4>(p, first, last);
   }
 }
 
@@ -59,6 +80,6 @@ bool always() { return true; }
 
 }  // namespace
 
-const Tier kPortable = {"portable", always, quantized_rows<4>, quantized_rows<8>, bf16_rows};
+const Tier kPortable = {"portable", always, quantized_rows, bf16_rows};
 
 }  // namespace localmoe
