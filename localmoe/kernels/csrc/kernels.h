@@ -83,11 +83,9 @@ struct Tier {
   void (*quantized_gemm)(const QuantizedProduct&, int64_t first, int64_t last) = nullptr;
 };
 
-// Rounds `n` activations to int8 in ceil(n / 128) blocks; what lies beyond n is zero.
-void quantize_activations(const float* x, int64_t n, Form form, Block* blocks);
-
-// The same for one block of the other kind, of at most 128 activations.
-void quantize_plain(const float* x, int64_t n, Form form, PlainBlock& block);
+// Rounds at most 128 activations to int8; what lies beyond n is zero.
+void quantize_activations(const float* x, int64_t n, Form form, Block& block);
+void quantize_activations(const float* x, int64_t n, Form form, PlainBlock& block);
 
 std::vector<const Tier*> supported_tiers();  // by this CPU, the plainest first
 

@@ -41,9 +41,9 @@ void Operand::set_block(int64_t token, int64_t block, const float* x) {
   if (is_plain(form_))
     std::memcpy(plain_.data() + token * in_ + start, x, size * sizeof(float));
   else if (plain_blocks_)
-    quantize_plain(x, size, form_, plain_rounded_[at]);
+    quantize_activations(x, size, form_, plain_rounded_[at]);
   else
-    quantize_activations(x, size, form_, &rounded_[at]);
+    quantize_activations(x, size, form_, rounded_[at]);
 }
 
 void Operand::copy(int64_t token, const Operand& from, int64_t from_token) {
