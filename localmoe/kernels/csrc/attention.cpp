@@ -142,8 +142,7 @@ void AttentionWorkspace::attend(const VectorOps& ops, const MlaLayer& layer, con
   Interleaved& queries = interleaved_[thread];
   if (queries.item != token * head_blocks_ + block) {
     queries.item = token * head_blocks_ + block;
-    ops.interleave(absorbed_.data() + (token * layer.heads + head) * cache.width, heads, cache.width,
-                   queries.numbers.data());
+    ops.interleave(cache, absorbed_.data() + (token * layer.heads + head) * cache.width, heads, queries.numbers.data());
   }
   ops.attend(cache, first, last, queries.numbers.data(), heads, partial(layer, token, chunk, head),
              scratch_[thread].data());

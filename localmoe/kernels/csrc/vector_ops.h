@@ -49,8 +49,8 @@ struct VectorOps {
   // Writes one row of the cache, rounded to nearest.
   void (*store_row)(const LatentRows& rows, int64_t index, const float* x);
 
-  // At most kHeadBlock queries [heads, width] in the order that `attend` takes: kHeadBlock * width numbers.
-  void (*interleave)(const float* queries, int64_t heads, int64_t width, float* to);
+  // At most kHeadBlock queries [heads, width] as `attend` takes them for such rows: kHeadBlock * width numbers.
+  void (*interleave)(const LatentRows& rows, const float* queries, int64_t heads, float* to);
 
   // Attention of one token's `heads` queries, scaled and interleaved, to cached tokens [first, last), at most
   // kContextChunk of them. `scratch` has attend_scratch(width) numbers.
