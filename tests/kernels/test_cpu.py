@@ -1,8 +1,8 @@
 """The native kernels, every tier, against the reference.
 
 Two bounds. Against the same product with activations rounded as the kernel rounds them, in float64: float32
-summation error only, and for NF4, whose values are kept in 14 bits, half a step of theirs. Against the reference: what rounding activations to int8 explains, half a step of each
-activation's scale times the weight's magnitude.
+summation error only, and for NF4, whose values are kept in 14 bits, half a step of theirs. Against the reference:
+what rounding activations to int8 explains, half a step of each activation's scale times the weight's magnitude.
 """
 
 from __future__ import annotations

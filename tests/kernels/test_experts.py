@@ -58,7 +58,8 @@ def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize(
-    ("form", "shared"), [("int4", "int4"), ("int4", "int8"), ("int4", "bf16"), ("int8", None), ("nf4", "int8"), ("bf16", "bf16")]
+    ("form", "shared"),
+    [("int4", "int4"), ("int4", "int8"), ("int4", "bf16"), ("int8", None), ("nf4", "int8"), ("bf16", "bf16")],
 )
 @pytest.mark.parametrize("count", [1, 3, 8, 50])
 def test_the_sum_is_the_references(tier: str, form: str, shared: str | None, count: int) -> None:
