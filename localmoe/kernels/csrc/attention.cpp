@@ -49,7 +49,8 @@ void AttentionWorkspace::Step::round(const float* x, int64_t stride) {
 
 void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then) {
   rows.take([&](int64_t first, int64_t last) {
-    operand.multiply(tier, matrix, first, last, y + first, matrix.out, last < matrix.out ? matrix.row(last + (threads_ - 1) * (last - first)) : then.data);
+    const uint8_t* next = last < matrix.out ? matrix.row(last + (threads_ - 1) * (last - first)) : then.data;
+    operand.multiply(tier, matrix, first, last, y + first, matrix.out, next);
   });
 }
 

@@ -4,11 +4,10 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "rows.inc"
 
 namespace localmoe {
 namespace {
-
-constexpr int kTokens = 4;  // of a tile; so many tokens share a row's unpacking
 
 // What is left of a row at a block, as masks; a whole block needs none.
 template <bool kWhole>
@@ -44,27 +43,11 @@ inline __m512 spread(__m128 scales, __m512i lanes) {
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales));
 }
 
-// The cache line that will be wanted a while after `from`; `end` is where these rows end.
-struct Ahead {
-  const uint8_t *end, *next;
-
-  void prefetch(const uint8_t* from) const {
-    const int64_t over = from + kPrefetch - end;
-    _mm_prefetch(reinterpret_cast<const char*>(over < 0 ? from + kPrefetch : next + over), _MM_HINT_T0);
-  }
-};
-
-// NF4's codes through a table of 16 bytes.
-struct Nf4Table {
-  __m512i numbers;
-
-  explicit Nf4Table(bool upper) {
-    alignas(16) int8_t bytes[16];
-    for (int code = 0; code < 16; ++code) bytes[code] = nf4_part(code, upper);
-    numbers = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-  }
-  __m512i operator()(__m512i codes) const { return _mm512_shuffle_epi8(numbers, codes); }
-};
+// NF4's codes through a table.
+inline __m512i looked_up(const Nf4Table& table, __m512i codes) {
+  const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(table.bytes));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), codes);
+}
 
 // Dot products of 64 bytes' weights, the even and the odd ones, with a block's activations.
 inline __m512i dot_halves(__m512i dots, __m512i even, __m512i odd, const Block* x) {
@@ -88,9 +71,10 @@ inline void four_bit_block(const uint8_t* from, const uint8_t* scales, Left<kWho
     if constexpr (F == Form::kInt4) {
       dots = dot_halves(dots, low, high, x);
     } else {  // the high nibble is the first of the two
-      const Nf4Table upper(true), lower(false);
-      const __m512i upper_dots = dot_halves(_mm512_setzero_si512(), upper(high), upper(low), x);
-      dots = _mm512_add_epi32(dot_halves(dots, lower(high), lower(low), x), _mm512_slli_epi32(upper_dots, 7));
+      const __m512i upper =
+          dot_halves(_mm512_setzero_si512(), looked_up(kNf4Upper, high), looked_up(kNf4Upper, low), x);
+      dots = dot_halves(dots, looked_up(kNf4Lower, high), looked_up(kNf4Lower, low), x);
+      dots = _mm512_add_epi32(dots, _mm512_slli_epi32(upper, 7));
     }
     const __m512 scale = spread(_mm_mul_ps(row_scale, _mm_load_ps(x->scale)), lanes);
     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sums[t]);
@@ -125,7 +109,6 @@ inline void block(const uint8_t* from, const uint8_t* scales, Left<kWhole> left,
     four_bit_block<F, Group, T>(from, scales, left, ahead, x, stride, sums);
 }
 
-// R rows times T tokens. A row's sum for a token has the same order whatever R and T are.
 template <Form F, int Group, int R, int T>
 void tile(const QuantizedProduct& p, Ahead ahead, int64_t row, int64_t token) {
   constexpr int64_t kBits = F == Form::kInt8 ? 8 : 4;
@@ -149,36 +132,6 @@ void tile(const QuantizedProduct& p, Ahead ahead, int64_t row, int64_t token) {
                          x, p.blocks, sums[r]);
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) p.y[(token + t) * p.out + row + r] = _mm512_reduce_add_ps(sums[r][t]);
-}
-
-template <Form F, int Group>
-void rows(const QuantizedProduct& p, int64_t first, int64_t last) {
-  const Ahead ahead{p.weights + last * p.row_bytes, p.next};
-  int64_t r = first;
-  if (p.tokens == 1)  // two streams from memory
-    for (; r + 2 <= last; r += 2) tile<F, Group, 2, 1>(p, ahead, r, 0);
-  for (; r < last; ++r) {
-    int64_t t = 0;
-    for (; t + kTokens <= p.tokens; t += kTokens) tile<F, Group, 1, kTokens>(p, ahead, r, t);
-    for (; t < p.tokens; ++t) tile<F, Group, 1, 1>(p, ahead, r, t);
-  }
-}
-
-template <Form F>
-void grouped_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
-  switch (p.group) {
-    case 32: return rows<F, 32>(p, first, last);
-    case 64: return rows<F, 64>(p, first, last);
-    default: return rows<F, 128>(p, first, last);
-  }
-}
-
-void quantized_rows(const QuantizedProduct& p, int64_t first, int64_t last) {
-  switch (p.form) {
-    case Form::kInt4: return grouped_rows<Form::kInt4>(p, first, last);
-    case Form::kInt8: return grouped_rows<Form::kInt8>(p, first, last);
-    default: return rows<Form::kNf4, 64>(p, first, last);
-  }
 }
 
 void bf16_rows(const DenseProduct& p, int64_t first, int64_t last) {

@@ -61,7 +61,8 @@ void ExpertWorkspace::prepare(const Tier& tier, int64_t tokens) {
     const auto count = static_cast<int64_t>(job.tokens.size());
     const Matrix& gate = job.mlp->gate;
     Operand& rounded = inputs_[static_cast<size_t>(gate.form)];
-    if (!std::exchange(wanted[static_cast<size_t>(gate.form)], true)) rounded.shape(tier, gate.form, tokens, gate.in, many);
+    if (!std::exchange(wanted[static_cast<size_t>(gate.form)], true))
+      rounded.shape(tier, gate.form, tokens, gate.in, many);
     job.input = count == tokens ? &rounded : &job.gathered;  // its tokens are all of them, in order
     if (count != tokens) job.gathered.shape(tier, gate.form, count, gate.in, many);
     job.inner.shape(tier, job.mlp->down.form, count, gate.out, many);
@@ -139,7 +140,9 @@ void ExpertWorkspace::forward(const Tier& tier, ThreadPool& pool, const std::vec
     }
     std::vector<float>& scratch = scratch_[thread];
     inner_.take([&](int64_t first, int64_t) { inner_rows(tier, first, pool.threads(), scratch); });
-    result_.take([&](int64_t first, int64_t last) { result_rows(tier, first, last, tokens, result, pool.threads(), scratch); });
+    result_.take([&](int64_t first, int64_t last) {
+      result_rows(tier, first, last, tokens, result, pool.threads(), scratch);
+    });
   });
 }
 

@@ -35,8 +35,10 @@ inline float from_bf16(uint16_t bits) {
 
 // Vector j gets numbers 4j to 4j + 3 of all rows, from quarters[k], whose lane L has 16 numbers of row 4L + k.
 inline void transpose(const __m512i quarters[4], Ints* to) {
-  const __m512i a = _mm512_unpacklo_epi32(quarters[0], quarters[1]), b = _mm512_unpackhi_epi32(quarters[0], quarters[1]);
-  const __m512i c = _mm512_unpacklo_epi32(quarters[2], quarters[3]), d = _mm512_unpackhi_epi32(quarters[2], quarters[3]);
+  const __m512i a = _mm512_unpacklo_epi32(quarters[0], quarters[1]);
+  const __m512i b = _mm512_unpackhi_epi32(quarters[0], quarters[1]);
+  const __m512i c = _mm512_unpacklo_epi32(quarters[2], quarters[3]);
+  const __m512i d = _mm512_unpackhi_epi32(quarters[2], quarters[3]);
   to[0].v = _mm512_unpacklo_epi64(a, c);
   to[1].v = _mm512_unpackhi_epi64(a, c);
   to[2].v = _mm512_unpacklo_epi64(b, d);
@@ -54,11 +56,9 @@ inline __m512i lanes_of(const uint8_t* const* rows, int k, int64_t offset) {
 template <Form F>
 constexpr int kPlanes = F == Form::kNf4 ? 2 : 1;
 
-// Codes of NF4 as the upper or lower seven bits of their values.
-inline __m512i nf4_numbers(__m512i codes, bool upper) {
-  alignas(16) int8_t bytes[16];
-  for (int code = 0; code < 16; ++code) bytes[code] = nf4_part(code, upper);
-  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes))), codes);
+inline __m512i looked_up(const Nf4Table& table, __m512i codes) {
+  const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(table.bytes));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), codes);
 }
 
 template <Form F>
@@ -81,7 +81,10 @@ void unpack_group(const uint8_t* const* rows, int64_t group, Ints* to) {
   for (const auto& half : halves) {
     if constexpr (F == Form::kNf4) {
       __m512i upper[4], lower[4];
-      for (int k = 0; k < 4; ++k) upper[k] = nf4_numbers(half[k], true), lower[k] = nf4_numbers(half[k], false);
+      for (int k = 0; k < 4; ++k) {
+        upper[k] = looked_up(kNf4Upper, half[k]);
+        lower[k] = looked_up(kNf4Lower, half[k]);
+      }
       transpose(upper, to);
       transpose(lower, to + 8);
     } else {

@@ -22,10 +22,15 @@ constexpr int32_t kNf4One = 8128;
 constexpr int16_t kNf4[16] = {0, 2469, 3860, 4918, 5816, 6626, 7388, 8128,
                               8775, 9436, 10128, 10875, 11710, 12701, 14004, 16256};
 
-// A number of table `upper` for NF4 code `code`.
-constexpr int8_t nf4_part(int code, bool upper) {
-  return static_cast<int8_t>(upper ? kNf4[code] >> 7 : kNf4[code] & 127);
-}
+// The upper or the lower seven bits of each, as byte shuffles take them.
+struct alignas(16) Nf4Table {
+  int8_t bytes[16];
+
+  constexpr explicit Nf4Table(bool upper) : bytes{} {
+    for (int code = 0; code < 16; ++code) bytes[code] = static_cast<int8_t>(upper ? kNf4[code] >> 7 : kNf4[code] & 127);
+  }
+};
+inline constexpr Nf4Table kNf4Upper{true}, kNf4Lower{false};
 
 // Quantized weights are stored as integers that are never negative; this is the one that stands for 0.
 constexpr int32_t zero_of(Form form) { return form == Form::kInt4 ? 8 : form == Form::kInt8 ? 128 : kNf4One; }
