@@ -27,10 +27,33 @@ inline __m256i dot_bytes(__m256i u, __m256i x, const int32_t*) {
 
 #include "ymm.inc"
 
+namespace {
+
+// Nibbles for maddubs: eight sums of two stay in 16 bits, 8 * 2 * 15 * 127 < 32768. NF4's sevens need 32 at once.
+template <localmoe::Form F>
+constexpr int kPlaneBits = F == localmoe::Form::kNf4 ? 7 : 4;
+
+template <int Bits>
+struct Accumulator {
+  __m256i sums = _mm256_setzero_si256();
+
+  void add(__m256i u, __m256i x) {
+    if constexpr (Bits == 4)
+      sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(u, x));
+    else
+      sums = dot_sevens(sums, u, x);
+  }
+  __m256i total() const { return Bits == 4 ? _mm256_madd_epi16(sums, _mm256_set1_epi16(1)) : sums; }
+};
+
+}  // namespace
+
+#include "gemm_ymm.inc"
+
 namespace localmoe {
 
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const Tier kAvx2 = {"avx2", has_avx2, quantized_rows, bf16_rows};
+const Tier kAvx2 = {"avx2", has_avx2, quantized_rows, bf16_rows, quantized_gemm};
 
 }  // namespace localmoe

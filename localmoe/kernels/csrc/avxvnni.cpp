@@ -18,6 +18,23 @@ inline __m256i dot_bytes(__m256i u, __m256i x, const int32_t* correction) {
 
 #include "ymm.inc"
 
+namespace {
+
+template <localmoe::Form F>
+constexpr int kPlaneBits = F == localmoe::Form::kNf4 ? 7 : F == localmoe::Form::kInt8 ? 8 : 4;
+
+template <int Bits>
+struct Accumulator {
+  __m256i sums = _mm256_setzero_si256();
+
+  void add(__m256i u, __m256i x) { sums = _mm256_dpbusd_avx_epi32(sums, u, x); }
+  __m256i total() const { return sums; }
+};
+
+}  // namespace
+
+#include "gemm_ymm.inc"
+
 namespace localmoe {
 
 // Leaf 7, subleaf 1, EAX bit 4; AVX2's test stands for the operating system saving the registers.
@@ -27,6 +44,6 @@ static bool has_avxvnni() {
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
 }
 
-const Tier kAvxVnni = {"avxvnni", has_avxvnni, quantized_rows, bf16_rows};
+const Tier kAvxVnni = {"avxvnni", has_avxvnni, quantized_rows, bf16_rows, quantized_gemm};
 
 }  // namespace localmoe
