@@ -86,15 +86,16 @@ def test_quantized_products(tier: str, kind: str, group: int, in_features: int, 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_the_extremes_do_not_saturate(tier: str, kind: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_extremes_do_not_saturate(tier: str, kind: str, tokens: int) -> None:
     form, pack = (Int4Weight, int4.pack) if kind == "int4" else (Int8Weight, int8.pack)
     lowest, highest = (-8, 7) if kind == "int4" else (-128, 127)
     for value in (lowest, highest):
         for sign in (1.0, -1.0):
             q = torch.full((3, 256), value, dtype=torch.int8)
             weight = form(pack(q), torch.ones(3, 8, dtype=torch.bfloat16), 32)
-            found = Kernels.choose(tier, threads=1).linear(torch.full((1, 256), sign * 127.0), weight)
-            assert found.tolist() == [[sign * 127.0 * 256 * value] * 3]
+            found = Kernels.choose(tier, threads=1).linear(torch.full((tokens, 256), sign * 127.0), weight)
+            assert found.tolist() == [[sign * 127.0 * 256 * value] * 3] * tokens
 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
