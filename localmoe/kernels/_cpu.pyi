@@ -34,6 +34,21 @@ class Attention:
     ) -> None: ...
     def set_query_down(self, matrix: Matrix, norm: list[float]) -> None: ...
 
+class Router:
+    def __init__(
+        self,
+        sigmoid: bool,
+        bias: list[float],
+        groups: int,
+        kept: int,
+        best: int,
+        outside: float,
+        k: int,
+        normalised: bool,
+        factor: float,
+    ) -> None: ...
+    def route(self, logits: Tensor, ids: Tensor, weights: Tensor) -> None: ...
+
 class Kernels:
     def __init__(self, tier: str, threads: int, cpus: list[int]) -> None: ...
     def linear(self, x: Tensor, weight: Matrix, y: Tensor) -> None: ...

@@ -16,6 +16,7 @@ from localmoe.kernels import cpu, reference
 from localmoe.kernels.attention import DecodeAttention, MlaWeights
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
 from localmoe.kernels.profile import Profile
+from localmoe.kernels.routing import NativeRouting, RouterRule
 
 TIERS = ("auto", "reference", *cpu.TIERS)
 CACHE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -87,6 +88,10 @@ class Kernels:
     def attention(self, weights: MlaWeights) -> DecodeAttention | None:
         """One layer's absorbed attention in one call, or None where a matrix has no native kernel."""
         return DecodeAttention.choose(self.backend, weights)
+
+    def routing(self, rule: RouterRule) -> NativeRouting | None:
+        """A router's choice in one call, or None where the reference computes."""
+        return None if self.backend is None else NativeRouting(rule)
 
     def expert(self, x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
         """One expert's SwiGLU: down(silu(gate x) * up x), float32 [T, H] -> [T, H]."""

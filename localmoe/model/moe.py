@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.routing import RouterRule
 from localmoe.model.config import ModelConfig
 from localmoe.model.layers import WeightSource
 
@@ -40,10 +41,32 @@ class Router:
         self._bias = None
         if config.topk_method == "noaux_tc":
             self._bias = source.tensor(f"{module}.e_score_correction_bias").float()  # [E]
+        self._native = kernels.routing(self.rule())
+
+    def rule(self) -> RouterRule:
+        """What `_route_v2` and `_route_v3` do, as numbers."""
+        config = self._config
+        is_v3, normalised = self._bias is not None, config.norm_topk_prob and config.num_experts_per_tok > 1
+        grouped = config.topk_method != "greedy"
+        return RouterRule(
+            sigmoid=config.scoring_func == "sigmoid",
+            bias=self._bias,
+            groups=config.n_group if grouped else 1,
+            kept_groups=config.topk_group if grouped else 1,
+            group_best=2 if is_v3 else 1,
+            outside=float("-inf") if is_v3 else 0.0,
+            experts_per_token=config.num_experts_per_tok,
+            normalised=normalised,
+            factor=1.0 if normalised and not is_v3 else config.routed_scaling_factor,
+        )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float32 [T, H] -> expert ids int64 [T, k], weights float32 [T, k]."""
         logits = self._logits(x)  # [T, E]
+        return self.choose(logits) if self._native is None else self._native(logits)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """From float32 logits [T, E], in torch: the truth that the native choice is tested against."""
         scores = logits.softmax(dim=1) if self._config.scoring_func == "softmax" else logits.sigmoid()
         if self._bias is None:
             return self._route_v2(scores)

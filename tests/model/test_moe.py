@@ -12,6 +12,7 @@ from torch import Tensor
 
 from localmoe.formats.weights import DenseWeight
 from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.routing import NativeRouting
 from localmoe.model.config import ModelConfig
 from localmoe.model.moe import Router
 
@@ -80,12 +81,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
 @pytest.mark.parametrize("name", CASES)
-def test_routers_follow_the_definition(name: str, base_config: dict[str, Any]) -> None:
+def test_routers_follow_the_definition(name: str, kernels: str, base_config: dict[str, Any]) -> None:
     config = ModelConfig.from_dict({**base_config, **CASES[name]})
     source = Source(16, 64, seed=list(CASES).index(name))
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(7))
-    expert_ids, weights = Router(config, source, "gate", Kernels.choose("reference"))(x)
+    expert_ids, weights = Router(config, source, "gate", Kernels.choose(kernels))(x)
     assert expert_ids.dtype == torch.int64
     assert weights.dtype == torch.float32
     for token in range(40):
@@ -94,21 +96,39 @@ def test_routers_follow_the_definition(name: str, base_config: dict[str, Any]) -
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_negative_biases_never_let_an_expert_of_another_group_in(base_config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_the_native_choice_is_torchs(name: str, base_config: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict({**base_config, **CASES[name]})
+    router = Router(config, Source(16, 64, seed=5), "gate", Kernels.choose("portable"))
+    logits = 3 * torch.randn(300, 16, generator=torch.Generator().manual_seed(11))
+    logits[0] = 0.0  # all the same: torch and we choose differently, but only there
+    native = NativeRouting(router.rule())
+    expert_ids, weights = native(logits)
+    wanted_ids, wanted_weights = router.choose(logits)
+    assert torch.equal(expert_ids[1:], wanted_ids[1:])
+    torch.testing.assert_close(weights[1:], wanted_weights[1:], rtol=1e-6, atol=0)
+    alone = native(logits[7:8])
+    assert torch.equal(alone[0], expert_ids[7:8])
+    assert torch.equal(alone[1], weights[7:8])  # to the bit, whatever is computed beside it
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_negative_biases_never_let_an_expert_of_another_group_in(kernels: str, base_config: dict[str, Any]) -> None:
     config = ModelConfig.from_dict({**base_config, "topk_group": 1, "num_experts_per_tok": 4})
     source = Source(16, 64, seed=3)
     source.tensors["gate.e_score_correction_bias"] -= 5.0  # every biased score is below 0, the masked value of old
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
-    expert_ids, _ = Router(config, source, "gate", Kernels.choose("reference"))(x)
+    expert_ids, _ = Router(config, source, "gate", Kernels.choose(kernels))(x)
     assert all(len(set((row // 4).tolist())) == 1 for row in expert_ids)
 
 
-def test_the_bias_keeps_float32_precision(base_config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_the_bias_keeps_float32_precision(kernels: str, base_config: dict[str, Any]) -> None:
     config = ModelConfig.from_dict({**base_config, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1})
     source = Source(16, 64, seed=1)
     source.tensors["gate.weight"].zero_()
     bias = torch.full((16,), 8.0)
     bias[11] = 8.0 + 2**-18  # lost in bfloat16 and float16; 0.5 + it is exact in float32
     source.tensors["gate.e_score_correction_bias"] = bias
-    expert_ids, _ = Router(config, source, "gate", Kernels.choose("reference"))(torch.ones(1, 64))
+    expert_ids, _ = Router(config, source, "gate", Kernels.choose(kernels))(torch.ones(1, 64))
     assert expert_ids.tolist() == [[11]]

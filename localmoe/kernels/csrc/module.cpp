@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "kernels.h"
+#include "router.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -93,6 +94,32 @@ class Attention {
  private:
   std::vector<OwnedMatrix> owners_;
   MlaLayer layer_{};
+};
+
+// One layer's choice of experts.
+class Router {
+ public:
+  Router(bool sigmoid, std::vector<float> bias, int64_t groups, int64_t kept, int64_t best, float outside, int64_t k,
+         bool normalised, float factor)
+      : rule_{sigmoid, std::move(bias), groups, kept, best, outside, k, normalised, factor} {
+    require(groups > 0 && kept > 0 && kept <= groups && best > 0 && k > 0, "the router's numbers do not fit");
+  }
+
+  void route(const Rows<float>& logits, const nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& ids,
+             const Result& weights) const {
+    const int64_t tokens = extent(logits, 0), experts = extent(logits, 1);
+    require(extent(ids, 0) == tokens && extent(weights, 0) == tokens && extent(ids, 1) == rule_.k &&
+                extent(weights, 1) == rule_.k,
+            "ids or weights have another shape");
+    require(rule_.k <= experts && experts % rule_.groups == 0 &&
+                (rule_.bias.empty() || static_cast<int64_t>(rule_.bias.size()) == experts),
+            "the logits have another width");
+    nb::gil_scoped_release released;
+    localmoe::route(rule_, logits.data(), tokens, experts, ids.data(), weights.data());
+  }
+
+ private:
+  RouterRule rule_;
 };
 
 // A tier, a team of threads and their memory. One call at a time: others wait.
@@ -224,6 +251,10 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<int64_t>(), "count"_a)
       .def("set", &Experts::set)
       .def("set_shared", &Experts::set_shared);
+  nb::class_<Router>(m, "Router")
+      .def(nb::init<bool, std::vector<float>, int64_t, int64_t, int64_t, float, int64_t, bool, float>(), "sigmoid"_a,
+           "bias"_a, "groups"_a, "kept"_a, "best"_a, "outside"_a, "k"_a, "normalised"_a, "factor"_a)
+      .def("route", &Router::route);
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<const std::string&, int, std::vector<int>>(), "tier"_a, "threads"_a, "cpus"_a)
       .def("linear", &Kernels::linear)
