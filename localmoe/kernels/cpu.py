@@ -8,7 +8,9 @@ of float32 additions only. bf16 weights meet float32 activations. csrc/ holds th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ def available_tiers() -> tuple[str, ...]:
     """The tiers that this CPU and operating system can run, best last."""
     supported = _cpu.supported_tiers()
     return tuple(tier for tier in TIERS if tier in supported)
+
+
+def array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The same memory as the bindings take it soonest: a tensor, which goes through DLPack in Python, costs a call 5
+    microseconds more. bfloat16, which numpy has not, goes as int16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class Backend:
@@ -64,7 +72,7 @@ class Backend:
         A row's result does not depend on the other rows, nor on the number of threads.
         """
         result = torch.empty(x.shape[0], matrix.out_features)
-        self._kernels.linear(x.contiguous(), matrix, result)
+        self._kernels.linear(array(x.contiguous()), matrix, array(result))
         return result
 
     def experts(self, experts: _cpu.Experts, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -74,7 +82,7 @@ class Backend:
         must have been set; the same holds for rows as in `linear`.
         """
         result = torch.empty_like(hidden)
-        self._kernels.experts(experts, hidden, expert_ids, weights, result)
+        self._kernels.experts(experts, array(hidden), array(expert_ids), array(weights), array(result))
         return result
 
     def attention(self, attention: _cpu.Attention, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
@@ -85,10 +93,10 @@ class Backend:
         A row's result does not depend on the others.
         """
         result = torch.empty_like(x)
-        self._kernels.attention(attention, x, rotations, cache, start, result)
+        self._kernels.attention(attention, array(x), array(rotations), array(cache), start, array(result))
         return result
 
     def read_bandwidth(self) -> float:
         """Bytes a second that this team reads from memory: the best of three passes over 512 MiB."""
         memory = torch.ones(_BANDWIDTH_BYTES, dtype=torch.uint8)
-        return max(self._kernels.read_bandwidth(memory) for _ in range(3))
+        return max(self._kernels.read_bandwidth(array(memory)) for _ in range(3))

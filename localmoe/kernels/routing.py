@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels import _cpu
+from localmoe.kernels.cpu import array
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,5 @@ class NativeRouting:
         """Float32 [T, E] -> expert ids int64 [T, k], weights float32 [T, k]; a row does not depend on the others."""
         expert_ids = torch.empty(len(logits), self._k, dtype=torch.int64)
         weights = torch.empty(len(logits), self._k)
-        self._native.route(logits, expert_ids, weights)
+        self._native.route(array(logits), array(expert_ids), array(weights))
         return expert_ids, weights

@@ -201,7 +201,7 @@ class Kernels {
     require(extent(rotations, 0) == tokens && extent(rotations, 1) == layer.rope, "rotations have another shape");
     LatentRows rows{CacheForm::kInt8, cache.data(), width, layer.rank};
     if (cache.dtype() == nb::dtype<float>()) rows.form = CacheForm::kFloat32;
-    if (cache.dtype() == nb::dtype<bfloat16>()) rows.form = CacheForm::kBfloat16;
+    if (cache.dtype() == nb::dtype<int16_t>()) rows.form = CacheForm::kBfloat16;  // numpy has no bfloat16
     require(rows.form != CacheForm::kInt8 || cache.dtype() == nb::dtype<uint8_t>(), "the cache has another type");
     const int64_t itemsize = cache.dtype().bits / 8;
     require(extent(cache, 1) * itemsize == rows.row_bytes(), "the cache has another width");
