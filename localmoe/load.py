@@ -208,7 +208,8 @@ class Engine:
 
         Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what
         the settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens.
-        The same seed gives the same text, on the same kernels. `reuse_prefix` goes on from what the last such call left in the cache, so that a chat's next turn computes only what is new.
+        The same seed gives the same text, on the same kernels. `reuse_prefix` goes on from what the last such call
+        left in the cache, so that a chat's next turn computes only what is new.
         Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
         answer, UsageError for a setting out of range, and what `prompt_ids` raises.
         """

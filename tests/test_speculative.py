@@ -10,6 +10,7 @@ import torch
 
 import localmoe
 from localmoe.load import Engine, load
+from localmoe.model.kv_cache import LatentCache
 from localmoe.speculative import DraftLength, LookupDrafter
 
 DEMO = Path(localmoe.__file__).parent / "data" / "demo"
@@ -43,7 +44,7 @@ def tokens(engine: Engine, prompt: object, **settings: object) -> list[int]:
     return [step.token_id for step in engine.generate(prompt, max_tokens=48, **settings)]
 
 
-@pytest.mark.parametrize("mtp", [1, 3, 7, None])
+@pytest.mark.parametrize("mtp", [1, 7, None])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_an_mtp_layer_changes_no_token(artifact: Path, plain: Engine, mtp: int | None, temperature: float) -> None:
     accepted = 0
@@ -89,7 +90,7 @@ def test_acceptance_is_an_independent_count_over_the_same_text(artifact: Path) -
             text = [*ids, *(step.token_id for step in steps)]
             layer = engine._mtp
             assert layer is not None
-            main, own = localmoe.load.LatentCache(engine.config, 256), layer.cache(256, torch.float32)
+            main, own = LatentCache(engine.config, 256), layer.cache(256, torch.float32)
             with torch.inference_mode():
                 states = engine.model.states(torch.tensor(text[:-1]), main)
                 right = [

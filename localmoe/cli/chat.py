@@ -51,6 +51,7 @@ def chat(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
@@ -59,6 +60,7 @@ def chat(
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = replace(machine, mtp=options.parse_mtp(mtp))
     options.check_stop(stop)
     if not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout)):
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")

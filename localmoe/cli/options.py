@@ -59,6 +59,14 @@ CacheDtype = Annotated[
         help="What the latent cache holds: bf16, int8 (56 % of its memory) or float32; auto is bf16.",
     ),
 ]
+Mtp = Annotated[
+    str,
+    typer.Option(
+        "--mtp",
+        metavar="auto|N",
+        help="Tokens to guess at a time, checked in one pass; auto: as many as pay here. The output is the same.",
+    ),
+]
 Deterministic = Annotated[
     bool,
     typer.Option("--deterministic", help="Freeze where experts are placed. On the CPU they never move."),
@@ -132,6 +140,16 @@ class Machine:
     ram: int | None = None
     context: int | None = None
     cache_dtype: str = "auto"
+    mtp: int | None = 0  # None: as many as pay
+
+
+def parse_mtp(text: str) -> int | None:
+    """The number of tokens to guess, None for `auto`. Raises UsageError."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) == 1 and int(text) < 8):
+        raise UsageError(f"--mtp: {text!r} is neither auto nor a number from 0 to 7")
+    return int(text)
 
 
 def machine(

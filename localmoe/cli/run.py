@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,6 +68,7 @@ def run(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
@@ -79,6 +81,7 @@ def run(
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = replace(machine, mtp=options.parse_mtp(mtp))
     if raw and (system is not None or think is not None or show_thinking):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
     if logprobs is not None and not as_json:
