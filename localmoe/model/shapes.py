@@ -121,12 +121,14 @@ def _check_mtp(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[str]:
     """Check the MTP layer, which is there; yields its tensors' names. Its embedding and head may be left out."""
     hidden, module = config.hidden_size, mtp_module(config)
     layer, is_moe = config.num_hidden_layers, f"{mtp_module(config)}.mlp.gate.weight" in checkpoint
-    plain = {f"{module}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
+    plain: dict[str, tuple[int, ...]] = {
+        f"{module}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")
+    }
     plain |= dict(_layer_tensors(config, layer, is_moe))
     if f"{module}.embed_tokens.weight" in checkpoint:
         plain[f"{module}.embed_tokens.weight"] = (config.vocab_size, hidden)
-    for name, shape in plain.items():
-        _check_float(checkpoint, name, shape)
+    for name, plain_shape in plain.items():
+        _check_float(checkpoint, name, plain_shape)
         yield name
     modules = dict(_layer_modules(config, layer, is_moe)) | {f"{module}.eh_proj": (hidden, 2 * hidden)}
     head = f"{module}.shared_head.head"
