@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from localmoe.errors import TemplateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from localmoe.generate import Stats, Step
     from localmoe.load import Engine
@@ -20,18 +20,21 @@ FinishReason = Literal["stop", "length", "interrupted"]
 
 @dataclass(frozen=True)
 class Request:
-    """How to answer. `sampling` holds temperature, top_p, top_k and min_p."""
+    """How to answer. `sampling` holds the settings that `cli.settings` names; `top_logprobs` None asks for none."""
 
     sampling: dict[str, float]
     max_tokens: int | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     thinking: bool | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int | None = None
 
 
 @dataclass
 class Answer:
-    """What the model said, and how long it took. `prefill_seconds` is None when no token came."""
+    """What the model said, and how long it took. `prefill_seconds` is None when no token came, `logprobs` when they
+    were not asked for."""
 
     text: str = ""
     thinking: str = ""
@@ -41,6 +44,7 @@ class Answer:
     prefill_seconds: float | None = None
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
+    logprobs: list[dict[str, Any]] | None = None
 
     def add(self, segment: Segment) -> None:
         """Append a piece to the part it belongs to."""
@@ -82,7 +86,7 @@ def collect(
     """
     from localmoe.text import Segment
 
-    answer = Answer()
+    answer = Answer(logprobs=None if request.top_logprobs is None else [])
     split = splitter(engine, prompt, request.thinking)
 
     def give(segments: Sequence[Segment]) -> None:
@@ -98,6 +102,8 @@ def collect(
             if answer.prefill_seconds is None:
                 answer.prefill_seconds = now
             answer.decode_seconds = now - answer.prefill_seconds
+            if answer.logprobs is not None:
+                answer.logprobs.append(_logprobs(engine, step))
             give(split.push(step.text) if split else [Segment("answer", step.text)] if step.text else [])
             if step.finish_reason is not None:
                 answer.finish_reason = step.finish_reason
@@ -114,6 +120,7 @@ def collect(
 
 
 def _steps(engine: Engine, prompt: str | Sequence[Message], request: Request, reuse_prefix: bool) -> Iterator[Step]:
+    sampling: dict[str, Any] = request.sampling | {"top_k": int(request.sampling["top_k"])}
     return engine.generate(
         prompt,
         max_tokens=request.max_tokens,
@@ -121,11 +128,17 @@ def _steps(engine: Engine, prompt: str | Sequence[Message], request: Request, re
         stop=tuple(request.stop),
         thinking=request.thinking,
         reuse_prefix=reuse_prefix,
-        temperature=request.sampling["temperature"],
-        top_p=request.sampling["top_p"],
-        top_k=int(request.sampling["top_k"]),
-        min_p=request.sampling["min_p"],
+        logit_bias=request.logit_bias,
+        top_logprobs=request.top_logprobs or 0,
+        **sampling,
     )
+
+
+def _logprobs(engine: Engine, step: Step) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"id": token_id, "text": engine.tokenizer.decode([token_id]), "logprob": logprob}
+
+    return entry(step.token_id, step.logprob) | {"top": [entry(*each) for each in step.top]}
 
 
 def _take(answer: Answer, stats: Stats) -> None:

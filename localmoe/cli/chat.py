@@ -36,6 +36,10 @@ def chat(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
@@ -47,12 +51,16 @@ def chat(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk with MODEL. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
-    flags = options.SamplingFlags(temp, top_p, top_k, min_p).given()
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
+    bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = replace(machine, mtp=options.parse_mtp(mtp))
     options.check_stop(stop)
     if not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout)):
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")
@@ -68,6 +76,7 @@ def chat(
             seed=seed,
             stop=stop or (),
             thinking=think,
+            logit_bias=bias,
         )
         conversation = Conversation(system)
         splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
-    "prefill_seconds, decode_seconds, decode_tokens_per_second"
+    "prefill_seconds, decode_seconds, decode_tokens_per_second, with --logprobs also logprobs "
+    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included"
 )
 
 
@@ -36,6 +38,10 @@ def run(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
@@ -44,6 +50,16 @@ def run(
     ] = False,
     think: options.Think = None,
     show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            "--logprobs",
+            metavar="N",
+            min=0,
+            max=100,
+            help="With --json: every token with its log probability, and the N likeliest at its place.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_JSON_KEYS))] = False,
     device: options.Device = "auto",
     kernels: options.KernelTier = "auto",
@@ -52,6 +68,7 @@ def run(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
@@ -60,10 +77,15 @@ def run(
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
     """
-    flags = options.SamplingFlags(temp, top_p, top_k, min_p).given()
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
+    bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = replace(machine, mtp=options.parse_mtp(mtp))
     if raw and (system is not None or think is not None or show_thinking):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
     question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
     asked: str | list[Message] = question if raw else messages(question, system)
@@ -78,6 +100,8 @@ def run(
             seed=seed,
             stop=stop or (),
             thinking=think,
+            logit_bias=bias,
+            top_logprobs=logprobs,
         )
         printer = _Printer(answer=not as_json, thinking=show_thinking)
         answer = collect(engine, asked, request, printer.show)
@@ -111,6 +135,7 @@ def statistics(answer: Answer, max_context: int) -> str:
 
 
 def _as_json(model: str, answer: Answer) -> dict[str, Any]:
+    logprobs = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
     return {
         "model": model,
         "text": answer.text,
@@ -121,6 +146,7 @@ def _as_json(model: str, answer: Answer) -> dict[str, Any]:
         "prefill_seconds": answer.prefill_seconds,
         "decode_seconds": answer.decode_seconds,
         "decode_tokens_per_second": answer.decode_tokens_per_second,
+        **logprobs,
     }
 
 

@@ -37,6 +37,7 @@ class FakeStep:
     logprob: float = -0.5
     finish_reason: str | None = None
     stats: FakeStats | None = None
+    top: tuple = ()
 
 
 class FakeTemplate:

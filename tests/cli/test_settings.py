@@ -19,7 +19,8 @@ def write_config(text: str) -> Path:
 
 
 def test_greedy_when_nobody_says_anything():
-    assert settings.sampling({}, "no-such-model", {}) == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert settings.sampling({}, "no-such-model", {}) == settings.GREEDY
+    assert settings.GREEDY["temperature"] == 0
 
 
 def test_flag_before_user_config_before_models_toml_before_the_checkpoint(monkeypatch):
