@@ -41,6 +41,8 @@ class Answer:
     prefill_seconds: float | None = None
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
+    thinking_tokens: int = 0
+    thinking_seconds: float = 0.0
 
     def add(self, segment: Segment) -> None:
         """Append a piece to the part it belongs to."""
@@ -75,14 +77,16 @@ def collect(
     show: Callable[[Segment], None],
     *,
     reuse_prefix: bool = False,
+    into: Answer | None = None,
 ) -> Answer:
     """Generate an answer, passing each piece to `show` as it comes.
 
-    Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted".
+    Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted". `into` is
+    the answer to fill, for a `show` that wants to see its counts.
     """
     from localmoe.text import Segment
 
-    answer = Answer()
+    answer = Answer() if into is None else into
     split = splitter(engine, prompt, request.thinking)
 
     def give(segments: Sequence[Segment]) -> None:
@@ -98,6 +102,9 @@ def collect(
             if answer.prefill_seconds is None:
                 answer.prefill_seconds = now
             answer.decode_seconds = now - answer.prefill_seconds
+            if split is not None and split.is_thinking:
+                answer.thinking_tokens += 1
+                answer.thinking_seconds = answer.decode_seconds
             give(split.push(step.text) if split else [Segment("answer", step.text)] if step.text else [])
             if step.finish_reason is not None:
                 answer.finish_reason = step.finish_reason

@@ -10,6 +10,9 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 
+from localmoe.cli.markdown import MarkdownView
+from localmoe.cli.render import markdown_table
+from localmoe.cli.row import Row
 from localmoe.cli.sanitize import printable, printable_line
 
 # The judge's own definition: letters, marks, numbers, punctuation, symbols, spaces, private and unassigned characters,
@@ -85,7 +88,18 @@ def plain(parts: Iterator[str], chosen: random.Random) -> str:
     return "".join(map(printable, parts))
 
 
-DRAWINGS: list[Drawing] = [plain]
+def markdown(parts: Iterator[str], chosen: random.Random) -> str:
+    shown: list[str] = []
+    columns = chosen.choice((1, 5, 20, 40, 100))
+    row = Row(shown.append, lambda: columns)
+    view = MarkdownView(row, lambda lines, _: [("36", lines[-1])], markdown_table)
+    for part in parts:
+        view.push(part)
+    view.finish()
+    return "".join(shown)
+
+
+DRAWINGS: list[Drawing] = [plain, markdown]
 
 
 def check_streams(count: int, seed: int) -> int:

@@ -43,7 +43,7 @@ def test_hidden_text_is_dropped():
 
 def test_random_streams_cut_anywhere():
     fuzz = load_fuzz()
-    assert fuzz.check_streams(20_000, seed=0) > 100_000  # scripts/fuzz_terminal runs a million
+    assert fuzz.check_streams(3_000, seed=0) > 50_000  # scripts/fuzz_terminal runs a million
     for character in "\x1b\x9b\r\u202e\u2066\u2028\U000e0041\ud800":
         assert fuzz.BAD.search(character), "the judge itself must know it"
     assert not fuzz.BAD.search("tab\tnewline\nübung 龍 👩‍👩‍👧 \u200f\u05d0 e\u0301")
