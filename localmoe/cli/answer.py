@@ -45,6 +45,8 @@ class Answer:
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
     logprobs: list[dict[str, Any]] | None = None
+    thinking_tokens: int = 0
+    thinking_seconds: float = 0.0
 
     def add(self, segment: Segment) -> None:
         """Append a piece to the part it belongs to."""
@@ -79,14 +81,18 @@ def collect(
     show: Callable[[Segment], None],
     *,
     reuse_prefix: bool = False,
+    into: Answer | None = None,
 ) -> Answer:
     """Generate an answer, passing each piece to `show` as it comes.
 
-    Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted".
+    Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted". `into` is
+    the answer to fill, for a `show` that wants to see its counts.
     """
     from localmoe.text import Segment
 
-    answer = Answer(logprobs=None if request.top_logprobs is None else [])
+    answer = Answer() if into is None else into
+    if request.top_logprobs is not None:
+        answer.logprobs = []
     split = splitter(engine, prompt, request.thinking)
 
     def give(segments: Sequence[Segment]) -> None:
@@ -104,6 +110,9 @@ def collect(
             answer.decode_seconds = now - answer.prefill_seconds
             if answer.logprobs is not None:
                 answer.logprobs.append(_logprobs(engine, step))
+            if split is not None and split.is_thinking:
+                answer.thinking_tokens += 1
+                answer.thinking_seconds = answer.decode_seconds
             give(split.push(step.text) if split else [Segment("answer", step.text)] if step.text else [])
             if step.finish_reason is not None:
                 answer.finish_reason = step.finish_reason

@@ -12,9 +12,11 @@ import typer
 from localmoe.cli import options, prompt, settings, streams
 from localmoe.cli.answer import Answer, Request, collect
 from localmoe.cli.failure import INTERRUPTED
-from localmoe.errors import UsageError
+from localmoe.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from localmoe.text import Message, Segment
 
 _JSON_KEYS = (
@@ -60,6 +62,9 @@ def run(
             help="With --json: every token with its log probability, and the N likeliest at its place.",
         ),
     ] = None,
+    think_to: Annotated[
+        Path | None, typer.Option("--think-to", metavar="FILE", help="Write the thinking to a file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_JSON_KEYS))] = False,
     device: options.Device = "auto",
     kernels: options.KernelTier = "auto",
@@ -82,7 +87,7 @@ def run(
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     machine = replace(machine, mtp=options.parse_mtp(mtp))
-    if raw and (system is not None or think is not None or show_thinking):
+    if raw and (system is not None or think is not None or show_thinking or think_to is not None):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
@@ -92,6 +97,7 @@ def run(
 
     from localmoe.cli.opening import label, open_engine
 
+    thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
     resolved, engine = open_engine(model, machine)
     with engine:
         request = Request(
@@ -106,11 +112,31 @@ def run(
         printer = _Printer(answer=not as_json, thinking=show_thinking)
         answer = collect(engine, asked, request, printer.show)
         printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
+        if thoughts is not None:
+            _write_thinking(think_to, thoughts, answer.thinking)
         if as_json:
             streams.write_json(_as_json(label(resolved), answer))
         streams.remark(statistics(answer, engine.max_context))
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _open_for_thinking(path: Path) -> TextIO:
+    """Raises StorageError where `path` cannot be written. An old file stays as it is until there is a new text."""
+    try:
+        return path.open("a", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
+
+
+def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
+    try:
+        with file:
+            if file.seekable():
+                file.truncate(0)
+            file.write(text if text.endswith("\n") or not text else text + "\n")
+    except OSError as error:
+        raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
 
 
 def messages(question: str, system: str | None) -> list[Message]:
