@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from localmoe.generate import Stats, Step
     from localmoe.load import Engine
+    from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment, ThinkingSplitter
 
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -34,7 +35,7 @@ class Request:
 @dataclass
 class Answer:
     """What the model said, and how long it took. `prefill_seconds` is None when no token came, `logprobs` when they
-    were not asked for."""
+    were not asked for, `speculation` when nothing was to be guessed or the answer was interrupted."""
 
     text: str = ""
     thinking: str = ""
@@ -45,6 +46,7 @@ class Answer:
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
     logprobs: list[dict[str, Any]] | None = None
+    speculation: SpeculationStats | None = None
     thinking_tokens: int = 0
     thinking_seconds: float = 0.0
 
@@ -156,3 +158,12 @@ def _take(answer: Answer, stats: Stats) -> None:
     answer.prefill_seconds = stats.prefill_seconds
     answer.decode_seconds = stats.decode_seconds
     answer.decode_tokens_per_second = stats.decode_tokens_per_second
+    answer.speculation = stats.speculation
+
+
+def guesses(speculation: SpeculationStats) -> str:
+    """What guessing did, in words."""
+    if speculation.acceptance_rate is None:
+        return f"{speculation.drafter}: nothing guessed"
+    counted = f"{speculation.accepted_tokens} of {speculation.drafted_tokens} guesses"
+    return f"{speculation.drafter}: {counted} right ({speculation.acceptance_rate:.0%}), {speculation.drafts} at a time"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localmoe.cli import options, settings, streams, transcript
-from localmoe.cli.answer import Answer, Request, collect, splitter
+from localmoe.cli.answer import Answer, Request, collect, guesses, splitter
 from localmoe.cli.conversation import Conversation
 from localmoe.errors import ContextOverflowError, LocalMoeError, UsageError
 
@@ -28,7 +28,7 @@ COMMANDS = {
     "/undo": "forget the last question and its answer",
     "/edit": "take back the last question to change it",
     "/file PATH": "send a text file along with the next question",
-    "/set NAME VALUE": "temp, top_p, top_k, min_p or seed; without NAME show them",
+    "/set NAME VALUE": "temp, top_p, top_k, min_p, a penalty or seed; without NAME show them",
     "/think show|hide": "leave the thinking on the screen, or fold it to one line",
     "/think off|on": "let the model answer at once, or think first, where its template can",
     "/save NAME": "keep the conversation; NAME may be a path",
@@ -201,7 +201,8 @@ class Chat:
             _say(settings.as_text(self._request.sampling))
             return
         if name not in (*self._request.sampling, "seed"):
-            raise UsageError(f"/set: no setting {name!r}; there are temp, top_p, top_k, min_p and seed")
+            known = ", ".join(["temp", *list(self._request.sampling)[1:]])
+            raise UsageError(f"/set: no setting {name!r}; there are {known} and seed")
         try:
             number = float(value)
         except ValueError:
@@ -337,7 +338,10 @@ class Chat:
         if last.prefill_seconds is not None:
             prefill += f" in {last.prefill_seconds:.2f} s"
         speed = f" at {last.decode_tokens_per_second:.1f} tokens/s" if last.decode_tokens_per_second else ""
-        return "\n".join([*lines, f"last      {prefill}, answer {last.completion_tokens} tokens{speed}"])
+        lines.append(f"last      {prefill}, answer {last.completion_tokens} tokens{speed}")
+        if last.speculation is not None:
+            lines.append(f"guesses   {guesses(last.speculation)}")
+        return "\n".join(lines)
 
 
 def _say(text: str) -> None:

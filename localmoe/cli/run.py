@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from localmoe.cli import options, prompt, settings, streams
-from localmoe.cli.answer import Answer, Request, collect
+from localmoe.cli.answer import Answer, Request, collect, guesses
 from localmoe.cli.failure import INTERRUPTED
 from localmoe.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from typing import TextIO
 
+    from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment
 
 _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
-    "prefill_seconds, decode_seconds, decode_tokens_per_second, with --logprobs also logprobs "
+    "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at a time), "
+    "passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
     "[{id, text, logprob, top [{id, text, logprob}]}], thinking included"
 )
 
@@ -155,6 +157,8 @@ def statistics(answer: Answer, max_context: int) -> str:
         if answer.finish_reason == "length":
             used = answer.prompt_tokens + answer.completion_tokens
             parts.append(f"the context of {max_context} is full" if used >= max_context else "stopped by -n")
+    if answer.speculation is not None:
+        parts.append(guesses(answer.speculation))
     if answer.finish_reason == "interrupted":
         parts.append("interrupted")
     return " · ".join(parts)
@@ -172,8 +176,13 @@ def _as_json(model: str, answer: Answer) -> dict[str, Any]:
         "prefill_seconds": answer.prefill_seconds,
         "decode_seconds": answer.decode_seconds,
         "decode_tokens_per_second": answer.decode_tokens_per_second,
+        "speculation": None if answer.speculation is None else _speculation(answer.speculation),
         **logprobs,
     }
+
+
+def _speculation(stats: SpeculationStats) -> dict[str, Any]:
+    return asdict(stats) | {"acceptance_rate": stats.acceptance_rate}
 
 
 class _Printer:

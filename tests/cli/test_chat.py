@@ -132,6 +132,18 @@ def test_a_conversation(sit_down, home):
     assert history.stat().st_mode & 0o077 == 0
 
 
+def test_stats_say_what_guessing_did_and_set_knows_the_penalties(sit_down):
+    typist = sit_down(FAKE_GUESSES="1")
+    typist.say("Tell me a story")
+    typist.expect("context 8/64")
+    typist.say("/stats")
+    typist.expect("guesses   mtp: 6 of 8 guesses right (75%), 1 at a time")
+    typist.say("/set frequency-penalty 0.5")
+    typist.expect("frequency_penalty 0.5")
+    typist.say("/set width 3")
+    typist.expect("there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty and seed")
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(sit_down):
     typist = sit_down(FAKE_ANSWER="one two three " + "more " * 50, FAKE_DELAY="0.1")
     typist.say("Count")

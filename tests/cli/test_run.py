@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,9 @@ import pytest
 
 from localmoe import store
 from localmoe.cli import quantize as quantize_command
+
+
+FakeSpeculation = sys.modules["fake_localmoe"].FakeSpeculation  # conftest.py puts it there
 
 
 def question(engine) -> str:
@@ -160,7 +164,24 @@ def test_json(invoke, engine):
         "prefill_seconds": 0.25,
         "decode_seconds": 0.5,
         "decode_tokens_per_second": 6.0,
+        "speculation": None,
     }
+
+
+def test_what_guessing_did_is_said(invoke, engine):
+    engine.speculation = FakeSpeculation()
+    assert invoke("run", "demo", "Hi", "--mtp", "1", "--json").json["speculation"] == {
+        "drafter": "mtp",
+        "drafts": 1,
+        "passes": 9,
+        "drafted_tokens": 8,
+        "accepted_tokens": 6,
+        "acceptance_rate": 0.75,
+    }
+    assert "mtp: 6 of 8 guesses right (75%), 1 at a time" in invoke("run", "demo", "Hi", terminals=("stderr",)).err
+    engine.speculation = FakeSpeculation("lookup", drafted_tokens=0, accepted_tokens=0, acceptance_rate=None)
+    assert invoke("run", "demo", "Hi", "--json").json["speculation"]["acceptance_rate"] is None
+    assert "lookup: nothing guessed" in invoke("run", "demo", "Hi", terminals=("stderr",)).err
 
 
 @pytest.mark.parametrize(

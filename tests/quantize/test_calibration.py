@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from localmoe import store
+from localmoe.cli import show
 from localmoe.errors import InputError, UsageError
 from localmoe.formats.manifest import Manifest
 from localmoe.formats.scheme import Scheme
@@ -48,6 +50,21 @@ def test_every_int4_matrix_of_the_layers_is_calibrated(calibrated: Path) -> None
     assert sum(routed) == 4 * 6 * WINDOW  # four experts a token
     assert manifest.tensors["lm_head"].method is None
     assert manifest.settings.calibration is not None
+
+
+def test_show_names_the_method_and_the_rarest_expert(calibrated: Path) -> None:
+    shown = show.describe(store.resolve(str(calibrated)))
+    manifest = Manifest.read(calibrated)
+    assert shown.calibration is not None
+    assert shown.calibration.method == "auto"
+    assert shown.calibration.rounded.keys() <= {"gptq", "weighted", "mse"}
+    assert sum(shown.calibration.rounded.values()) == sum(r.method is not None for r in manifest.tensors.values())
+    seen = [r.tokens for n, r in manifest.tensors.items() if ".mlp.experts." in n and r.tokens is not None]
+    assert shown.calibration.rarest_expert_tokens == min(seen)
+    assert manifest.tensors[f"{shown.calibration.rarest_expert}.up_proj"].tokens == min(seen)
+    text = show.as_text(shown)
+    assert f"auto, on text {shown.calibration.text_sha256[:12]}; matrices rounded by gptq " in text
+    assert f"{shown.calibration.rarest_expert}, {min(seen):,} tokens of that text" in text
 
 
 def test_an_interruption_and_one_core_give_the_same_bytes(
