@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
-    "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at a time), "
-    "passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
+    "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at "
+    "a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
     "[{id, text, logprob, top [{id, text, logprob}]}], thinking included"
 )
 

@@ -237,7 +237,7 @@ def as_text(description: Description) -> str:
 
 def _calibration(facts: CalibrationFacts) -> list[tuple[str, str]]:
     counts = ", ".join(f"{name} {count}" for name, count in facts.rounded.items())
-    lines = [("calibration", f"{facts.method}, on text {facts.text_sha256[:12]}; matrices rounded by {counts or 'none'}")]
+    lines = [("calibration", f"{facts.method}, on text {facts.text_sha256[:12]}; matrices rounded by {counts}")]
     if facts.rarest_expert is not None:
         lines.append(("rarest expert", f"{facts.rarest_expert}, {facts.rarest_expert_tokens:,} tokens of that text"))
     return lines

@@ -104,9 +104,13 @@ class FakeEngine:
         for number, piece in enumerate(pieces[:limit], start=1):
             time.sleep(self.delay)
             if number == len(pieces):
-                yield FakeStep(number, piece, finish_reason="stop", stats=FakeStats(used, number, speculation=self.speculation))
+                yield FakeStep(
+                    number, piece, finish_reason="stop", stats=FakeStats(used, number, speculation=self.speculation)
+                )
             elif number == limit:
-                yield FakeStep(number, piece, finish_reason="length", stats=FakeStats(used, number, speculation=self.speculation))
+                yield FakeStep(
+                    number, piece, finish_reason="length", stats=FakeStats(used, number, speculation=self.speculation)
+                )
             else:
                 yield FakeStep(number, piece)
 

@@ -141,7 +141,9 @@ def test_stats_say_what_guessing_did_and_set_knows_the_penalties(sit_down):
     typist.say("/set frequency-penalty 0.5")
     typist.expect("frequency_penalty 0.5")
     typist.say("/set width 3")
-    typist.expect("there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty and seed")
+    typist.expect(
+        "there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty and seed"
+    )
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(sit_down):

@@ -12,7 +12,6 @@ import pytest
 from localmoe import store
 from localmoe.cli import quantize as quantize_command
 
-
 FakeSpeculation = sys.modules["fake_localmoe"].FakeSpeculation  # conftest.py puts it there
 
 
