@@ -24,7 +24,7 @@ def test_greedy_when_nobody_says_anything():
 
 
 def test_flag_before_user_config_before_models_toml_before_the_checkpoint(monkeypatch):
-    checkpoint = {"temperature": 0.1, "top_p": 0.1, "top_k": 1, "min_p": 0.1}
+    checkpoint = {"temperature": 0.1, "top_p": 0.1, "top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1}
     monkeypatch.setattr(settings, "advised", lambda name: {"temperature": 0.2, "top_p": 0.2, "top_k": 2})
     write_config("[sampling]\ntemperature = 0.3\ntop_p = 0.3\n")
     assert settings.sampling({"temperature": 0.4}, "x", checkpoint) == {
@@ -32,6 +32,9 @@ def test_flag_before_user_config_before_models_toml_before_the_checkpoint(monkey
         "top_p": 0.3,
         "top_k": 2,
         "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
 
 
