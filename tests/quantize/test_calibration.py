@@ -22,14 +22,14 @@ from quantize.progress import Progress
 
 @pytest.fixture(autouse=True)
 def _few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "MOST_TOKENS", 6 * WINDOW)
+    monkeypatch.setattr(calibration, "MOST_TOKENS", 3 * WINDOW)
 
 
 @pytest.fixture(scope="module")
 def calibrated(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("calibrated") / "auto"
     patch = pytest.MonkeyPatch()
-    patch.setattr(calibration, "MOST_TOKENS", 6 * WINDOW)
+    patch.setattr(calibration, "MOST_TOKENS", 3 * WINDOW)
     quantize(demo, output, "compact", method="auto")
     patch.undo()
     return output
@@ -45,9 +45,9 @@ def test_every_int4_matrix_of_the_layers_is_calibrated(calibrated: Path) -> None
     assert any(name.startswith("model.layers.6.") for name in int4), "the MTP layer too"
     assert all(record.method in ("gptq", "weighted", "mse") for record in int4.values())
     assert {record.method for record in int4.values()} >= {"gptq"}
-    assert int4["model.layers.0.mlp.gate_proj"].tokens == 6 * WINDOW
+    assert int4["model.layers.0.mlp.gate_proj"].tokens == 3 * WINDOW
     routed = [r.tokens or 0 for n, r in int4.items() if ".3.mlp.experts." in n and n.endswith("up_proj")]
-    assert sum(routed) == 4 * 6 * WINDOW  # four experts a token
+    assert sum(routed) == 4 * 3 * WINDOW  # four experts a token
     assert manifest.tensors["lm_head"].method is None
     assert manifest.settings.calibration is not None
 
@@ -116,7 +116,7 @@ def test_calibration_lowers_the_models_divergence(
     import localmoe
     from quantize.evaluate import evaluate
 
-    text = DEFAULT_TEXT.read_text()[-12_000:]  # beyond the windows that were used
+    text = DEFAULT_TEXT.read_text()[-6_000:]  # beyond the windows that were used
     found = {}
     with localmoe.load(demo, kernels="reference") as reference:
         for name, path in (("auto", calibrated), ("rtn", demo_artifacts("compact"))):
