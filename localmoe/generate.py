@@ -5,31 +5,24 @@ T = tokens of a pass, V = vocabulary.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from localmoe.errors import ContextOverflowError, InputError, UsageError
-from localmoe.model.kv_cache import LatentCache
-from localmoe.sampling import SamplingParams, logprob, sample
+from localmoe.sampling import History, SamplingParams, logprob, sample, top_logprobs
+from localmoe.session import CachedTokens, LanguageModel
+from localmoe.speculative import DraftLength, SpeculationStats
 from localmoe.text import StreamingDetokenizer, overlap
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt computed in one pass. Large enough that an expert meets a batch worth reading its weights
 for (V2-Lite: 512 * 6 / 64 = 48 tokens an expert), small enough that activations stay in tens of MB and Ctrl-C is
 noticed between passes."""
-
-
-class LanguageModel(Protocol):
-    """What generation needs of a model: `localmoe.model.deepseek.Model`, or a fake in tests."""
-
-    def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
-        """Logits float32 [T, V], or [1, V] of the last token; `cache` then holds the tokens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,7 @@ class Stats:
     prefill_seconds: float  # until the first token's logits
     decode_seconds: float  # for all tokens after the first
     reused_tokens: int = 0  # of the prompt, found in the cache
+    speculation: SpeculationStats | None = None  # where tokens could be guessed
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -59,7 +53,8 @@ class Step:
     """One token drawn.
 
     `text` is what became certain with it: empty while a character or a possible stop string is unfinished,
-    and for an end token. `logprob` is under the model's own distribution (`sampling.logprob`).
+    and for an end token. `logprob` is under the model's own distribution (`sampling.logprob`), and so are those of
+    `top`, the likeliest tokens at this place, as many as were asked for.
     """
 
     token_id: int
@@ -67,16 +62,19 @@ class Step:
     logprob: float
     finish_reason: Literal["stop", "length"] | None = None  # on the last step
     stats: Stats | None = None  # on the last step
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate. `max_tokens` None: until the context is full. `seed` None: a new one each time."""
+    """How to generate. `max_tokens` None: until the context is full. `seed` None: a new one each time. `top_logprobs`
+    is how many of the likeliest tokens each step names."""
 
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -85,48 +83,8 @@ class Settings:
             raise UsageError(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
         if not all(isinstance(word, str) and word for word in self.stop):
             raise UsageError("a stop string must be a text of at least one character")
-
-
-class CachedTokens:
-    """A latent cache and the ids of the tokens in it, so that a prompt with the same beginning can go on there."""
-
-    def __init__(self, cache: LatentCache) -> None:
-        self._cache = cache
-        self._ids: list[int] = []
-        self._turn = 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens it can hold."""
-        return self._cache.capacity
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """What it holds."""
-        return tuple(self._ids)
-
-    def begin(self, token_ids: Sequence[int]) -> tuple[int, int]:
-        """Keep what `token_ids` begins with and forget the rest. Returns (tokens kept, turn).
-
-        At least the last token is left to compute: its logits are wanted. `turn` is to be given to `extend`.
-        """
-        # An interrupt may have come between the model's pass and our note of it
-        held = min(len(self._ids), self._cache.length)
-        longest = min(held, len(token_ids) - 1)
-        kept = next((n for n in range(longest) if self._ids[n] != token_ids[n]), longest)
-        self._cache.truncate(kept)
-        del self._ids[kept:]
-        self._turn += 1
-        return kept, self._turn
-
-    def extend(self, model: LanguageModel, token_ids: Sequence[int], turn: int) -> Tensor:
-        """Run the model over more tokens; float32 logits [V] of the last. Raises UsageError for an old turn."""
-        if turn != self._turn:
-            raise UsageError("another generation has begun on the same cache; finish one before the next")
-        with torch.inference_mode():
-            logits = model.forward(torch.tensor(token_ids), self._cache, last_only=True)  # [1, V]
-        self._ids += token_ids
-        return logits[-1]
+        if self.top_logprobs < 0:
+            raise UsageError(f"top_logprobs must be 0 or more, not {self.top_logprobs}")
 
 
 def generate(
@@ -138,11 +96,13 @@ def generate(
     end_ids: Collection[int] = (),
     detokenizer: StreamingDetokenizer | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    lengths: DraftLength | None = None,
 ) -> Generator[Step]:
     """Continue `prompt_ids`, one step a token; the last step has a finish reason and the statistics.
 
     Tokens that `cached` already holds are not computed again. Closing the generator at any point, or an
-    exception out of it, leaves `cached` fit for the next one. Without a detokenizer every text is empty.
+    exception out of it, leaves `cached` fit for the next one. Without a detokenizer every text is empty. With a
+    drafter in `cached`, `lengths` says how many tokens it guesses at a time; the steps are the same ones.
 
     Raises, before anything is computed, InputError for an empty prompt, ContextOverflowError for one that
     leaves no room for an answer, UsageError for stop strings without a detokenizer.
@@ -159,40 +119,108 @@ def generate(
         raise UsageError("stop strings need the model's tokenizer, and it has none")
     limit = room if settings.max_tokens is None else min(room, settings.max_tokens)
     answer = _Answer(detokenizer, settings.stop, frozenset(end_ids), limit)
-    return _steps(model, cached, list(prompt_ids), settings, answer, prefill_chunk)
+    passes = _Passes(model, cached, settings, lengths if cached.drafter is not None else None)
+    return _steps(passes, list(prompt_ids), settings, answer, prefill_chunk)
+
+
+class _Passes:
+    """The model's passes of one generation, and the tokens drawn from their logits."""
+
+    def __init__(
+        self, model: LanguageModel, cached: CachedTokens, settings: Settings, lengths: DraftLength | None
+    ) -> None:
+        self._model = model
+        self._cached = cached
+        self._params = settings.sampling
+        self._seed = secrets.randbits(63) if settings.seed is None else settings.seed
+        self._lengths = lengths
+        self._history: History | None = None
+        self._turn = self._position = 0
+        self._drafts: list[int] = []  # draft i was guessed to be drawn from row i
+        self._count = self._drafted = self._accepted = 0
+
+    def prefill(self, prompt_ids: list[int], chunk: int) -> tuple[Tensor, int]:
+        """Logits [1, V] after the prompt, and how many of its tokens were not computed again."""
+        reused, self._turn = self._cached.begin(prompt_ids)
+        for start in range(reused, len(prompt_ids), chunk):
+            rows = self._cached.extend(self._model, prompt_ids[start : start + chunk], self._turn)
+        self._position = len(prompt_ids)
+        if self._params.uses_history:
+            self._history = History(rows.shape[1], prompt_ids)
+        return rows, reused
+
+    def draw(self, logits: Tensor, place: int) -> tuple[int, bool]:
+        """The token drawn from row `place` of a pass, logits [V], and whether it was guessed, so that the next row
+        counts."""
+        token_id = sample(logits, self._params, seed=self._seed, position=self._position, history=self._history)
+        self._position += 1
+        if self._history is not None:
+            self._history.add(token_id)
+        return token_id, place < len(self._drafts) and token_id == self._drafts[place]
+
+    def settle(self, accepted: int) -> None:
+        """Take the wrong guesses back: only the first `accepted` were right."""
+        self._cached.forget(len(self._drafts) - accepted, self._turn)
+        self._accepted += accepted
+
+    def next(self, token_id: int, most: int) -> Tensor:
+        """Compute `token_id` and what is guessed to follow it, `most` tokens at most; a row of logits for each."""
+        wanted = 0 if self._lengths is None else min(self._lengths.next(), most)
+        self._drafts = self._cached.draft(token_id, wanted, self._guess, self._turn) if wanted else []
+        self._count += 1
+        self._drafted += len(self._drafts)
+        return self._cached.extend(self._model, [token_id, *self._drafts], self._turn, every=True)
+
+    def record(self, accepted: int, seconds: float) -> None:
+        """What the pass before took, with its drafting and its draws."""
+        if self._lengths is not None and self._count:
+            self._lengths.record(len(self._drafts), accepted, seconds)
+
+    @property
+    def stats(self) -> SpeculationStats | None:
+        if self._lengths is None or self._cached.drafter is None:
+            return None
+        name, best = self._cached.drafter.name, self._lengths.best
+        return SpeculationStats(name, self._count, self._drafted, self._accepted, best)
+
+    def _guess(self, logits: Tensor, ahead: int) -> int:
+        """What is drawn from a drafter's logits, with the random numbers of the model's own draw there."""
+        place = self._position + ahead
+        return sample(logits, self._params, seed=self._seed, position=place, history=self._history)
 
 
 def _steps(
-    model: LanguageModel,
-    cached: CachedTokens,
-    prompt_ids: list[int],
-    settings: Settings,
-    answer: _Answer,
-    prefill_chunk: int,
+    passes: _Passes, prompt_ids: list[int], settings: Settings, answer: _Answer, prefill_chunk: int
 ) -> Generator[Step]:
-    random = torch.Generator()
-    random.seed() if settings.seed is None else random.manual_seed(settings.seed)
     started = time.perf_counter()
-    reused, turn = cached.begin(prompt_ids)
-    for start in range(reused, len(prompt_ids), prefill_chunk):
-        logits = cached.extend(model, prompt_ids[start : start + prefill_chunk], turn)
+    rows, reused = passes.prefill(prompt_ids, prefill_chunk)
     prefill_seconds = time.perf_counter() - started
-    decode_seconds = 0.0
+    decode_seconds = pass_seconds = 0.0
     while True:
+        for place, logits in enumerate(rows):
+            started = time.perf_counter()
+            token_id, guessed = passes.draw(logits, place)
+            text, finish_reason = answer.push(token_id)
+            top = top_logprobs(logits, settings.top_logprobs) if settings.top_logprobs else ()
+            step = Step(token_id, text, logprob(logits, token_id), finish_reason, top=top)
+            if finish_reason is not None or not guessed:
+                passes.settle(place)
+            spent = time.perf_counter() - started
+            pass_seconds += spent
+            if answer.tokens > 1:
+                decode_seconds += spent
+            if finish_reason is not None:
+                stats = Stats(len(prompt_ids), answer.tokens, prefill_seconds, decode_seconds, reused, passes.stats)
+                yield replace(step, stats=stats)
+                return
+            yield step
+            if not guessed:
+                break
+        passes.record(place, pass_seconds)
         started = time.perf_counter()
-        token_id = sample(logits, settings.sampling, random)
-        text, finish_reason = answer.push(token_id)
-        step = Step(token_id, text, logprob(logits, token_id), finish_reason)
-        if answer.tokens > 1:
-            decode_seconds += time.perf_counter() - started
-        if finish_reason is not None:
-            stats = Stats(len(prompt_ids), answer.tokens, prefill_seconds, decode_seconds, reused)
-            yield Step(step.token_id, step.text, step.logprob, finish_reason, stats)
-            return
-        yield step
-        started = time.perf_counter()
-        logits = cached.extend(model, [token_id], turn)
-        decode_seconds += time.perf_counter() - started
+        rows = passes.next(token_id, answer.limit - answer.tokens - 1)
+        pass_seconds = time.perf_counter() - started
+        decode_seconds += pass_seconds
 
 
 class _Answer:
@@ -204,7 +232,7 @@ class _Answer:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stop)
         self._end_ids = end_ids
-        self._limit = limit
+        self.limit = limit
         self.tokens = 0
 
     def push(self, token_id: int) -> tuple[str, Literal["stop", "length"] | None]:
@@ -212,7 +240,7 @@ class _Answer:
         self.tokens += 1
         ended = token_id in self._end_ids
         text = "" if ended or self._detokenizer is None else self._stops.push(self._detokenizer.push(token_id))
-        if not (ended or self._stops.found or self.tokens == self._limit):
+        if not (ended or self._stops.found or self.tokens == self.limit):
             return text, None
         if self._detokenizer is not None and not self._stops.found:
             text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()

@@ -22,15 +22,18 @@ from localmoe.errors import (
 )
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import TensorInfo
-from localmoe.generate import PREFILL_CHUNK, CachedTokens, Settings, Step, generate
+from localmoe.generate import PREFILL_CHUNK, Settings, Step, generate
 from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
 from localmoe.model.kv_cache import LatentCache, row_bytes
+from localmoe.model.mtp import MtpLayer, has_mtp
 from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.experts import ExpertStore
 from localmoe.sampling import SamplingParams
+from localmoe.session import CachedTokens
+from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
 from localmoe.store import Resolved, resolve
 from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
@@ -48,18 +51,23 @@ def load(
     kernels: str = "auto",
     ram: int | None = None,
     cache_dtype: str = "auto",
+    mtp: int | None = 0,
 ) -> Engine:
     """Open a model: a name or repository id, with or without a `:RECIPE` or `:source` ending, or a directory.
 
     Only headers are read; the weights are mapped and come into memory as they are used. `ram` (bytes) is the
     budget for what must stay in memory, the machine's available memory by default; `ctx` (tokens) is by default
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
-    `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8.
+    `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
+    to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
+    measuring finds to pay, 0: none.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
     """
     _check_device(device, vram)
+    if mtp is not None and not 0 <= mtp <= MOST_DRAFTS:
+        raise UsageError(f"--mtp {mtp}: from 0 to {MOST_DRAFTS} tokens can be guessed at a time")
     chosen = Kernels.choose(kernels, threads, cache_dtype)
     resolved = resolve(str(model.expanduser().absolute()) if isinstance(model, Path) else model)
     checkpoint = Checkpoint.open(resolved.path)
@@ -76,7 +84,11 @@ def load(
     if budget is not None and needs.always + needs.experts < budget:
         checkpoint.warm()
     experts = ExpertStore(checkpoint, config, chosen)
-    return Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
+    engine = Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
+    if mtp != 0:
+        layer = MtpLayer(engine.model, checkpoint, chosen, experts.layer) if has_mtp(config, checkpoint) else None
+        engine.speculate(layer, mtp)
+    return engine
 
 
 class Engine:
@@ -90,6 +102,8 @@ class Engine:
         self._checkpoint = checkpoint
         self._model: Model | None = model
         self._cached: CachedTokens | None = None  # what `reuse_prefix` goes on from
+        self._mtp: MtpLayer | None = None
+        self._lengths: DraftLength | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -111,13 +125,13 @@ class Engine:
 
     @cached_property
     def generation_defaults(self) -> dict[str, float]:
-        """What `generation_config.json` advises of temperature, top_p, top_k and min_p; empty where it advises
-        greedy decoding. Raises CheckpointError for a value out of range."""
+        """What `generation_config.json` advises of temperature, top_p, top_k, min_p and repetition_penalty; empty
+        where it advises greedy decoding. Raises CheckpointError for a value out of range."""
         path = self.path / "generation_config.json"
         found = read_json_object(path)
         if found.get("do_sample") is False:
             return {}
-        names = ("temperature", "top_p", "top_k", "min_p")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         advised = {name: found[name] for name in names if found.get(name) is not None}
         try:
             SamplingParams(**advised)
@@ -129,6 +143,12 @@ class Engine:
     def tensors(self) -> Iterable[TensorInfo]:
         """What the checkpoint's headers say of every tensor."""
         return self._checkpoint.tensors.values()
+
+    def speculate(self, layer: MtpLayer | None, drafts: int | None) -> None:
+        """Guess tokens from now on, with an MTP layer or from what the text repeats; see `load` for `drafts`."""
+        most = drafts if drafts is not None else 3 if layer is not None else MOST_DRAFTS
+        self._mtp, self._cached = layer, None
+        self._lengths = DraftLength(most, fixed=drafts is not None)
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Float32 logits [T, V] of one sequence of T tokens, from an empty cache.
@@ -173,6 +193,11 @@ class Engine:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        top_logprobs: int = 0,
         seed: int | None = None,
         stop: Sequence[str] = (),
         thinking: bool | None = None,
@@ -181,18 +206,33 @@ class Engine:
     ) -> Generator[Step]:
         """Answer or continue `prompt` (see `prompt_ids`), one Step a token.
 
-        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `reuse_prefix` goes on
-        from what the last such call left in the cache, so that a chat's next turn computes only what is new.
+        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what
+        the settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens.
+        The same seed gives the same text, on the same kernels. `reuse_prefix` goes on from what the last such call
+        left in the cache, so that a chat's next turn computes only what is new.
         Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
         answer, UsageError for a setting out of range, and what `prompt_ids` raises.
         """
         model = self.model
         settings = Settings(
             max_tokens=max_tokens,
-            sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+            sampling=SamplingParams(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=tuple((logit_bias or {}).items()),
+            ),
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            top_logprobs=top_logprobs,
         )
+        for token_id in logit_bias or ():
+            if token_id >= self.config.vocab_size:
+                raise UsageError(f"logit_bias: {token_id} is outside the vocabulary of {self.config.vocab_size}")
         ids = self.prompt_ids(prompt, thinking=thinking, add_bos=add_bos)
         return generate(
             model,
@@ -201,11 +241,12 @@ class Engine:
             settings,
             end_ids=self._end_ids,
             detokenizer=self.tokenizer.stream() if self._has_tokenizer else None,
+            lengths=self._lengths,
         )
 
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
-        self._model = None
+        self._model = self._mtp = None
         self._cached = None
         self._checkpoint.close()
 
@@ -218,10 +259,19 @@ class Engine:
 
     def _cache_for(self, reuse_prefix: bool) -> CachedTokens:
         if not reuse_prefix:
-            return CachedTokens(LatentCache(self.config, self.max_context, self.kernels.cache_dtype))
+            return self._new_cache()
         if self._cached is None:
-            self._cached = CachedTokens(LatentCache(self.config, self.max_context, self.kernels.cache_dtype))
+            self._cached = self._new_cache()
         return self._cached
+
+    def _new_cache(self) -> CachedTokens:
+        capacity, dtype = self.max_context, self.kernels.cache_dtype
+        drafter: Drafter | None = None
+        if self._mtp is not None:
+            drafter = MtpDrafter(self._mtp, self._mtp.cache(capacity, dtype))
+        elif self._lengths is not None:
+            drafter = LookupDrafter()
+        return CachedTokens(LatentCache(self.config, capacity, dtype), drafter)
 
     def _chat_ids(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
         template = self.chat_template

@@ -30,7 +30,10 @@ from localmoe.formats.manifest import (
 )
 from localmoe.formats.scheme import GROUP_SIZES, Scheme
 from localmoe.formats.writer import CheckpointWriter, claim
+from quantize.calibrated import CalibratedRun, calibrate, calibrated_units
+from quantize.calibration import DEFAULT_TEXT
 from quantize.hashing import SourceHasher, sha256_of, stamp
+from quantize.methods import METHODS, Method
 from quantize.plan import Plan, plan
 from quantize.progress import Meter, OnProgress
 from quantize.quantizers import GRIDS, Grid, ordered_sum, relative_error
@@ -66,10 +69,14 @@ def quantize(
     *,
     group_size: int = 32,
     grid: Grid = "mse",
+    method: Method = "rtn",
+    calibration_text: str | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Quantize the checkpoint in `source` into the directory `output`.
 
+    `gptq` and `auto` run the model on `calibration_text` (None: the one that comes with localmoe) and round the
+    layers' int4 matrices by what their inputs were; so does `rtn` with a text, through the scales alone.
     Interrupted, it goes on where it was when called again with the same arguments; the output's bytes depend
     on the source and the arguments only. An output that is complete already is left as it is.
 
@@ -77,7 +84,7 @@ def quantize(
     an `output` that holds something else), CheckpointError and UnsupportedModelError for the source,
     StorageError for the disk.
     """
-    settings = _checked_settings(recipe, group_size, grid)
+    settings, run = _checked_settings(recipe, group_size, grid, method, calibration_text)
     with open_source(source) as checkpoint, SourceReader(checkpoint) as reader:
         carried = _carried(source)
         shards = sorted({info.file for info in checkpoint.tensors.values()})
@@ -94,7 +101,12 @@ def quantize(
             CheckpointWriter.open(output, settings, fingerprint, decided.units) as writer,
             SourceHasher(writer.facts) as hasher,
         ):
-            resumed = stream(decided, Conversion(reader, writer, grid, meter), hasher)
+            conversion = Conversion(reader, writer, grid, meter)
+            later = calibrated_units(decided) if run is not None else frozenset()
+            resumed = stream(decided, conversion, hasher, later)
+            if run is not None:
+                calibrate(decided, conversion, hasher, source, run)
+                stream(decided, conversion, hasher)  # what no layer runs, such as a second MTP layer
             for path in inputs:
                 hasher.start(path)
             hashes = hasher.results()
@@ -109,13 +121,24 @@ def quantize(
     return Report(output, manifest, False, sum(job.source.nbytes for job in decided.jobs), resumed)
 
 
-def _checked_settings(recipe: str, group_size: int, grid: str) -> Settings:
+def _checked_settings(
+    recipe: str, group_size: int, grid: str, method: str, text: str | None
+) -> tuple[Settings, CalibratedRun | None]:
     recipe_named(recipe)
     if group_size not in GROUP_SIZES:
         raise UsageError(f"group size {group_size}: it must be one of {', '.join(map(str, GROUP_SIZES))}")
     if grid not in GRIDS:
         raise UsageError(f"unknown grid {grid[:40]!r}: the grids are {', '.join(GRIDS)}")
-    return Settings(recipe, group_size, grid)
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method[:40]!r}: the methods are {', '.join(METHODS)}")
+    if method == "rtn" and text is None:
+        return Settings(recipe, group_size, grid), None
+    if grid != "mse":
+        raise UsageError(f"grid {grid}: calibration searches its scales; leave out one of the two")
+    used = DEFAULT_TEXT.read_text(encoding="utf-8") if text is None else text
+    digest = hashlib.sha256(used.encode()).hexdigest()
+    chosen: Method = method
+    return Settings(recipe, group_size, grid, method, digest), CalibratedRun(used, chosen)
 
 
 def _carried(source: Path) -> dict[str, bytes]:
@@ -195,7 +218,13 @@ def _manifest(
         error, norm = float(record["squared_error"]), float(record["squared_norm"])
         errors.append(error)
         norms.append(norm)
-        tensors[job.unit.name] = TensorRecord(_scheme_name(job.scheme), relative_error(error, norm))
+        tensors[job.unit.name] = TensorRecord(
+            _scheme_name(job.scheme),
+            relative_error(error, norm),
+            record.get("method"),
+            record.get("tokens"),
+            record.get("output_error"),
+        )
     parameters = sum(job.parameters for job in decided.jobs)
     size = sum(unit.nbytes for unit in decided.units)
     totals = Totals(

@@ -69,14 +69,17 @@ def quantize_rows(rows: Tensor, scheme: Scheme, grid: Grid) -> Quantized:
     scale, errors, norms = group_scales(rows, scheme, grid)
     form = int4 if scheme.kind == "int4" else int8
     q = form.quantize(rows, scale, scheme.group_size)  # [R, in]
-    parts = {"weight_packed": form.pack(q), "weight_scale": scale}
-    return Quantized(parts, ordered_sum(errors), ordered_sum(norms))
+    return Quantized(pack_integers(q, scale, scheme), ordered_sum(errors), ordered_sum(norms))
 
 
-def group_scales(rows: Tensor, scheme: Scheme, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def group_scales(
+    rows: Tensor, scheme: Scheme, grid: Grid, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(bf16 scales [R, G], float32 squared errors [R * G], float32 squared norms [R * G]) of `rows` [R, in].
 
     A group of zeros has scale 0. The errors are those of the stored numbers: scale in bf16, q clamped.
+    `importance` float32 [in] weights each column's squared error (its inputs' mean square, say) in the search, and in
+    the errors and norms that come back.
     """
     integer = _INT4 if scheme.kind == "int4" else _INT8
     groups = rows.reshape(-1, scheme.group_size)  # [N, g]
@@ -87,9 +90,16 @@ def group_scales(rows: Tensor, scheme: Scheme, grid: Grid) -> tuple[Tensor, Tens
     for start in range(0, count, step):
         part = slice(start, start + step)
         columns = groups[part].t().contiguous()  # [g, n]: sums over a group are then sums of rows
-        norms[part] = _sum_(columns.square())
-        scale[part], errors[part] = _search(columns, integer, grid)
+        weights = None if importance is None else _importance_of(importance, start, columns)
+        norms[part] = _sum_(_weighted(columns.square(), weights))
+        scale[part], errors[part] = _search(columns, integer, grid, weights)
     return scale.view(rows.shape[0], -1), errors, norms
+
+
+def pack_integers(q: Tensor, scale: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """int8 `q` [O, I] and bf16 `scale` as they are stored, by tensor suffix."""
+    form = int4 if scheme.kind == "int4" else int8
+    return {"weight_packed": form.pack(q), "weight_scale": scale}
 
 
 def ordered_sum(values: Tensor) -> float:
@@ -106,25 +116,37 @@ def relative_error(squared_error: float, squared_norm: float) -> float:
     return float(f"{math.sqrt(squared_error / squared_norm):.6g}") if squared_norm else 0.0
 
 
-def _search(columns: Tensor, integer: _IntegerGrid, grid: Grid) -> tuple[Tensor, Tensor]:
+def _importance_of(importance: Tensor, start: int, columns: Tensor) -> Tensor:
+    """[g, n]: the importance of each weight of the groups from number `start` on; a row has in / g groups."""
+    size, count = columns.shape
+    by_group = importance.view(-1, size)  # [G, g]
+    return by_group[torch.arange(start, start + count) % len(by_group)].t().contiguous()
+
+
+def _weighted(columns: Tensor, weights: Tensor | None) -> Tensor:
+    """In place: `columns` times `weights`, if there are any."""
+    return columns if weights is None else columns.mul_(weights)
+
+
+def _search(columns: Tensor, integer: _IntegerGrid, grid: Grid, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(bf16 scales [n], squared errors [n]) of the groups that are the columns of float32 [g, n]."""
     highest, lowest = columns.amax(dim=0), columns.amin(dim=0)
     extreme = torch.where(highest >= -lowest, highest, lowest)  # [n], with its sign
     extreme = torch.where(extreme.abs() < _SMALLEST, 0.0, extreme)
     scale = (extreme.abs() / integer.baseline).bfloat16()
-    error = _error(columns, scale, integer)
+    error = _error(columns, scale, integer, weights)
     if grid == "absmax":
         return scale, error
-    guess = _least_squares(columns, extreme, integer)
-    for candidate in (guess, _refit(columns, guess, integer)):
-        found = _error(columns, candidate, integer)
+    guess = _least_squares(columns, extreme, integer, weights)
+    for candidate in (guess, _refit(columns, guess, integer, weights)):
+        found = _error(columns, candidate, integer, weights)
         better = found < error  # false for NaN: what overflows keeps absmax
         error = torch.where(better, found, error)
         scale = torch.where(better, candidate, scale)
     return scale, error
 
 
-def _least_squares(columns: Tensor, extreme: Tensor, integer: _IntegerGrid) -> Tensor:
+def _least_squares(columns: Tensor, extreme: Tensor, integer: _IntegerGrid, weights: Tensor | None) -> Tensor:
     """The first guess whose q explains the most of its group, with that q's least-squares scale: bf16 [n]."""
     inverse = torch.where(extreme == 0, 0.0, -1.0 / extreme)
     best = torch.zeros_like(extreme)
@@ -132,8 +154,8 @@ def _least_squares(columns: Tensor, extreme: Tensor, integer: _IntegerGrid) -> T
     q, product = torch.empty_like(columns), torch.empty_like(columns)  # [g, n]
     for guess in integer.guesses:
         torch.mul(columns, inverse * guess, out=q).round_().clamp_(integer.lowest, integer.highest)
-        dot = _sum_(torch.mul(columns, q, out=product)).clone()
-        size = _sum_(q.square_())
+        dot = _sum_(_weighted(torch.mul(columns, q, out=product), weights)).clone()
+        size = _sum_(_weighted(q.square_(), weights))
         explained = dot * dot / size
         better = explained > best
         best = torch.where(better, explained, best)
@@ -141,17 +163,17 @@ def _least_squares(columns: Tensor, extreme: Tensor, integer: _IntegerGrid) -> T
     return scale.bfloat16()
 
 
-def _refit(columns: Tensor, scale: Tensor, integer: _IntegerGrid) -> Tensor:
+def _refit(columns: Tensor, scale: Tensor, integer: _IntegerGrid, weights: Tensor | None) -> Tensor:
     """The least-squares scale of the q that `scale` gives: bf16 [n]."""
     q = _round(columns, scale, integer)
-    dot, size = _sum_(columns * q), _sum_(q.square_())
+    dot, size = _sum_(_weighted(columns * q, weights)), _sum_(_weighted(q.square_(), weights))
     return torch.where(size == 0, 0.0, dot / size).bfloat16()
 
 
-def _error(columns: Tensor, scale: Tensor, integer: _IntegerGrid) -> Tensor:
+def _error(columns: Tensor, scale: Tensor, integer: _IntegerGrid, weights: Tensor | None) -> Tensor:
     """Squared error [n] of what is stored with this bf16 scale [n]."""
     q = _round(columns, scale, integer)
-    return _sum_(q.mul_(scale.float()).sub_(columns).square_())
+    return _sum_(_weighted(q.mul_(scale.float()).sub_(columns).square_(), weights))
 
 
 def _round(columns: Tensor, scale: Tensor, integer: _IntegerGrid) -> Tensor:

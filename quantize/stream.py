@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from quantize.sources import SourceReader
 
 _MOST_WORKERS = 16  # Python between the operations is what more would wait for
 
-Record = dict[str, float]
+Record = dict[str, Any]
 
 
 class _StoppedError(Exception):
@@ -74,19 +75,26 @@ class Conversion:
                 self.writer.write(name, data, written.get(name, 0))
                 written[name] = written.get(name, 0) + data.nbytes
             self.meter.add(slab.source_bytes, job.source.name)
-        if f"{module}.weight_shape" in job.unit.tensors:
-            self.writer.write(f"{module}.weight_shape", torch.tensor(job.source.shape, dtype=torch.int64))
+        self.write_shape(job)
         if not (math.isfinite(error) and math.isfinite(norm)):
             raise CheckpointError(f"{job.source.file.name}: {job.source.name} has values too large for weights")
         return {"squared_error": error, "squared_norm": norm} if job.scheme else {}
+
+    def write_shape(self, job: Job) -> None:
+        """`weight_shape`, where the job's form has one."""
+        name = f"{job.source.name.removesuffix('.weight')}.weight_shape"
+        if name in job.unit.tensors:
+            self.writer.write(name, torch.tensor(job.source.shape, dtype=torch.int64))
 
     def _check_stop(self) -> None:
         if self.stopped.is_set():
             raise _StoppedError
 
 
-def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher) -> int:
-    """Do every job that is not done yet; returns the source bytes of those that an earlier run did.
+def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: frozenset[str] = frozenset()) -> int:
+    """Do every job that is not done yet, but for those whose units are in `later`.
+
+    Returns the source bytes of those that an earlier run did.
 
     Raises what a job raises, of the first that failed in reading order.
     """
@@ -94,7 +102,7 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher) -> int:
     meter.restart("quantize", sum(job.source.nbytes for job in decided.jobs))
     resumed = 0
     remembered: set[str] = set()
-    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    count = workers()
     waiting: deque[tuple[Job, Future[Record]]] = deque()
     if any(job.scheme is not None and job.scheme.kind == "nf4" for job in decided.jobs):
         # bitsandbytes registers its operators while it is imported: not in two threads at once.
@@ -108,16 +116,18 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher) -> int:
                 remembered.add(name)
                 writer.remember(name, fact)
 
-    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    with one_thread_each(), ThreadPoolExecutor(count) as pool:
         try:
             for job in decided.reading_order:
+                if job.unit.name in later and job.unit.name not in writer.records:
+                    continue
                 if job.unit.name in writer.records:
                     resumed += job.source.nbytes
                     meter.add(job.source.nbytes, job.source.name)
                     continue
                 hasher.start(job.source.file)
                 waiting.append((job, pool.submit(conversion.run, job)))
-                if len(waiting) > 2 * workers:
+                if len(waiting) > 2 * count:
                     finish_oldest()
             while waiting:
                 finish_oldest()
@@ -126,6 +136,11 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher) -> int:
             pool.shutdown(cancel_futures=True)
             raise
     return resumed
+
+
+def workers() -> int:
+    """How many matrices are in work at a time: one a core."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import localmoe.errors
 from localmoe.errors import ContextOverflowError, InputError, UsageError
-from localmoe.generate import CachedTokens, Settings, Stats, Step, StopStrings, generate
+from localmoe.generate import Settings, Stats, Step, StopStrings, generate
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache
 from localmoe.sampling import SamplingParams
+from localmoe.session import CachedTokens
 from localmoe.text import Tokenizer
 
 DEMO = Path(localmoe.errors.__file__).parent / "data" / "demo"
@@ -57,9 +58,13 @@ class FakeModel:
             raise KeyboardInterrupt
         self.passes.append(len(token_ids))
         cache.advance(len(token_ids))
-        logits = torch.zeros(1, VOCABULARY)
-        logits[0, self.predict([int(id_) for id_ in held])] = 5.0
-        return logits
+        ids = [int(id_) for id_ in held]
+        ends = range(len(ids) - len(token_ids) + 1, len(ids) + 1)
+        logits = torch.zeros(len(ends), VOCABULARY)
+        for row, end in enumerate(ends):
+            if not last_only or end == len(ids):
+                logits[row, self.predict(ids[:end])] = 5.0
+        return logits[-1:] if last_only else logits
 
 
 def new_cache(capacity: int = 64) -> CachedTokens:

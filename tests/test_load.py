@@ -23,10 +23,11 @@ from localmoe.errors import (
     UsageError,
 )
 from localmoe.formats.checkpoint import Checkpoint
-from localmoe.generate import CachedTokens, Settings, generate
+from localmoe.generate import Settings, generate
 from localmoe.kernels.dispatch import Kernels
 from localmoe.load import Engine, _refuse_unquantized, load
 from localmoe.model.kv_cache import LatentCache
+from localmoe.session import CachedTokens
 from localmoe.store import ModelRef, Resolved
 
 DEMO = Path(localmoe.__file__).parent / "data" / "demo"

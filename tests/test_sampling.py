@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from localmoe.errors import CheckpointError, UsageError
-from localmoe.sampling import SamplingParams, distribution, logprob, sample
+from localmoe.sampling import (
+    History,
+    SamplingParams,
+    adjust,
+    distribution,
+    exponentials,
+    logprob,
+    sample,
+    top_logprobs,
+)
 
 # Tokens 0..5 with these probabilities at temperature 1
 PROBABILITIES = torch.tensor([0.05, 0.40, 0.25, 0.02, 0.08, 0.20])
@@ -72,16 +81,13 @@ def test_top_p_over_a_large_vocabulary_equals_a_full_sort(top_p: float) -> None:
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_else_is_set() -> None:
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    assert sample(LOGITS, SamplingParams(0.0, top_k=3, top_p=0.1, min_p=0.9), generator) == 1
-    assert torch.equal(generator.get_state(), before)
+    assert sample(LOGITS, SamplingParams(0.0, top_k=3, top_p=0.1, min_p=0.9), seed=3) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
 def test_a_tiny_temperature_is_greedy_and_finite(temperature: float) -> None:
     wide = torch.tensor([-1e30, 5.0, 80.0, 79.0, float("-inf")])
-    assert sample(wide, SamplingParams(temperature), torch.Generator().manual_seed(1)) == 2
+    assert sample(wide, SamplingParams(temperature), seed=1) == 2
 
 
 def test_a_huge_temperature_is_uniform() -> None:
@@ -94,8 +100,7 @@ def test_logprob_is_that_of_the_unmodified_distribution() -> None:
 
 
 def drawn(settings: SamplingParams, seed: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return [sample(LOGITS, settings, generator) for _ in range(count)]
+    return [sample(LOGITS, settings, seed=seed, position=position) for position in range(count)]
 
 
 def test_a_seed_fixes_the_sequence() -> None:
@@ -137,6 +142,12 @@ def test_draws_follow_the_distribution(settings: SamplingParams) -> None:
         ({"top_p": 1.01}, "top_p"),
         ({"min_p": -0.01}, "min_p"),
         ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"presence_penalty": 101}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": ((1, float("nan")),)}, "logit_bias"),
+        ({"logit_bias": ((1, float("inf")),)}, "logit_bias"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(settings: dict[str, float], message: str) -> None:
@@ -150,4 +161,45 @@ def test_logits_that_are_no_numbers_name_the_weights(bad: float, temperature: fl
     logits = LOGITS.clone()
     logits[3] = bad
     with pytest.raises(CheckpointError, match="not finite"):
-        sample(logits, SamplingParams(temperature), torch.Generator())
+        sample(logits, SamplingParams(temperature))
+
+
+def test_penalties_and_bias_are_what_their_definitions_say() -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0, -2.0])
+    history = History(5, [0, 1])
+    for token in (3, 3, 4):
+        history.add(token)
+    repeated = adjust(logits, SamplingParams(repetition_penalty=2.0), history)
+    assert repeated.tolist() == [1.0, -2.0, 0.5, 1.5, -4.0]  # in the prompt and in the answer
+    said = adjust(logits, SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), history)
+    assert said.tolist() == [2.0, -1.0, 0.5, 2.0, -2.75]  # in the answer only, the second counts twice
+    biased = adjust(logits, SamplingParams(logit_bias=((2, 1.0), (3, -math.inf))), None)
+    assert biased.tolist() == [2.0, -1.0, 1.5, -math.inf, -2.0]
+    assert logits.tolist() == [2.0, -1.0, 0.5, 3.0, -2.0]
+    assert adjust(logits, SamplingParams(), history) is logits
+
+
+def test_greedy_obeys_bias_and_penalties() -> None:
+    assert sample(LOGITS, SamplingParams(logit_bias=((1, -math.inf),))) == 2
+    history = History(6, [1, 2])
+    assert sample(LOGITS, SamplingParams(repetition_penalty=5.0), history=history) == 5
+
+
+def test_random_numbers_depend_on_seed_position_and_token_alone() -> None:
+    ids = torch.arange(4096)
+    whole = exponentials(7, 100, ids)
+    some = torch.tensor([5, 4000, 17])
+    assert torch.equal(exponentials(7, 100, some), whole[some])
+    assert not torch.equal(exponentials(8, 100, ids), whole)
+    assert not torch.equal(exponentials(7, 101, ids), whole)
+    assert float(whole.mean()) == pytest.approx(1, abs=0.05)
+    # no correlation with the next position, the next token, or the next seed
+    for other in (exponentials(7, 101, ids), exponentials(7, 100, ids + 1), exponentials(8, 100, ids)):
+        assert abs(float(torch.corrcoef(torch.stack((whole, other)))[0, 1])) < 0.06
+
+
+def test_the_likeliest_tokens_with_their_logprobs() -> None:
+    top = top_logprobs(LOGITS, 2)
+    assert [token for token, _ in top] == [1, 2]
+    assert [value for _, value in top] == pytest.approx([math.log(0.40), math.log(0.25)], rel=1e-5)
+    assert len(top_logprobs(LOGITS, 100)) == 6

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from localmoe.errors import TemplateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from localmoe.generate import Stats, Step
     from localmoe.load import Engine
+    from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment, ThinkingSplitter
 
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -20,18 +21,21 @@ FinishReason = Literal["stop", "length", "interrupted"]
 
 @dataclass(frozen=True)
 class Request:
-    """How to answer. `sampling` holds temperature, top_p, top_k and min_p."""
+    """How to answer. `sampling` holds the settings that `cli.settings` names; `top_logprobs` None asks for none."""
 
     sampling: dict[str, float]
     max_tokens: int | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     thinking: bool | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int | None = None
 
 
 @dataclass
 class Answer:
-    """What the model said, and how long it took. `prefill_seconds` is None when no token came."""
+    """What the model said, and how long it took. `prefill_seconds` is None when no token came, `logprobs` when they
+    were not asked for, `speculation` when nothing was to be guessed or the answer was interrupted."""
 
     text: str = ""
     thinking: str = ""
@@ -41,6 +45,10 @@ class Answer:
     prefill_seconds: float | None = None
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    speculation: SpeculationStats | None = None
+    thinking_tokens: int = 0
+    thinking_seconds: float = 0.0
 
     def add(self, segment: Segment) -> None:
         """Append a piece to the part it belongs to."""
@@ -75,14 +83,18 @@ def collect(
     show: Callable[[Segment], None],
     *,
     reuse_prefix: bool = False,
+    into: Answer | None = None,
 ) -> Answer:
     """Generate an answer, passing each piece to `show` as it comes.
 
-    Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted".
+    Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted". `into` is
+    the answer to fill, for a `show` that wants to see its counts.
     """
     from localmoe.text import Segment
 
-    answer = Answer()
+    answer = Answer() if into is None else into
+    if request.top_logprobs is not None:
+        answer.logprobs = []
     split = splitter(engine, prompt, request.thinking)
 
     def give(segments: Sequence[Segment]) -> None:
@@ -98,6 +110,11 @@ def collect(
             if answer.prefill_seconds is None:
                 answer.prefill_seconds = now
             answer.decode_seconds = now - answer.prefill_seconds
+            if answer.logprobs is not None:
+                answer.logprobs.append(_logprobs(engine, step))
+            if split is not None and split.is_thinking:
+                answer.thinking_tokens += 1
+                answer.thinking_seconds = answer.decode_seconds
             give(split.push(step.text) if split else [Segment("answer", step.text)] if step.text else [])
             if step.finish_reason is not None:
                 answer.finish_reason = step.finish_reason
@@ -114,6 +131,7 @@ def collect(
 
 
 def _steps(engine: Engine, prompt: str | Sequence[Message], request: Request, reuse_prefix: bool) -> Iterator[Step]:
+    sampling: dict[str, Any] = request.sampling | {"top_k": int(request.sampling["top_k"])}
     return engine.generate(
         prompt,
         max_tokens=request.max_tokens,
@@ -121,11 +139,17 @@ def _steps(engine: Engine, prompt: str | Sequence[Message], request: Request, re
         stop=tuple(request.stop),
         thinking=request.thinking,
         reuse_prefix=reuse_prefix,
-        temperature=request.sampling["temperature"],
-        top_p=request.sampling["top_p"],
-        top_k=int(request.sampling["top_k"]),
-        min_p=request.sampling["min_p"],
+        logit_bias=request.logit_bias,
+        top_logprobs=request.top_logprobs or 0,
+        **sampling,
     )
+
+
+def _logprobs(engine: Engine, step: Step) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"id": token_id, "text": engine.tokenizer.decode([token_id]), "logprob": logprob}
+
+    return entry(step.token_id, step.logprob) | {"top": [entry(*each) for each in step.top]}
 
 
 def _take(answer: Answer, stats: Stats) -> None:
@@ -134,3 +158,12 @@ def _take(answer: Answer, stats: Stats) -> None:
     answer.prefill_seconds = stats.prefill_seconds
     answer.decode_seconds = stats.decode_seconds
     answer.decode_tokens_per_second = stats.decode_tokens_per_second
+    answer.speculation = stats.speculation
+
+
+def guesses(speculation: SpeculationStats) -> str:
+    """What guessing did, in words."""
+    if speculation.acceptance_rate is None:
+        return f"{speculation.drafter}: nothing guessed"
+    counted = f"{speculation.accepted_tokens} of {speculation.drafted_tokens} guesses"
+    return f"{speculation.drafter}: {counted} right ({speculation.acceptance_rate:.0%}), {speculation.drafts} at a time"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.cli import options, settings, streams
-from localmoe.cli.answer import Answer, Request, collect, splitter
+from localmoe.cli import options, settings, streams, transcript
+from localmoe.cli.answer import Answer, Request, collect, guesses, splitter
 from localmoe.cli.conversation import Conversation
 from localmoe.errors import ContextOverflowError, LocalMoeError, UsageError
 
@@ -16,17 +19,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from localmoe.load import Engine
-    from localmoe.text import Segment
 
 COMMANDS = {
     "/help": "this list",
     "/reset": "forget the conversation (the system prompt stays)",
     "/system TEXT": "set the system prompt; without TEXT show it",
     "/regen": "answer the last question again",
+    "/undo": "forget the last question and its answer",
+    "/edit": "take back the last question to change it",
+    "/file PATH": "send a text file along with the next question",
+    "/set NAME VALUE": "temp, top_p, top_k, min_p, a penalty or seed; without NAME show them",
+    "/think show|hide": "leave the thinking on the screen, or fold it to one line",
+    "/think off|on": "let the model answer at once, or think first, where its template can",
+    "/save NAME": "keep the conversation; NAME may be a path",
+    "/load NAME": "go on with a conversation that was kept",
+    "/export FILE.md": "write the conversation as Markdown",
+    "/copy": "put the last answer on the clipboard (the terminal's, by OSC 52)",
     "/stats": "model, context used, speed of the last answer",
     "/exit": "leave (so does Ctrl-D)",
 }
-KEYS = "Ctrl-C stops an answer. Alt-Enter begins a new line. The arrow keys bring back earlier questions."
+KEYS = (
+    "Ctrl-C stops an answer. Alt-Enter begins a new line, so does Enter after a backslash. The arrow keys bring back "
+    "earlier questions, Ctrl-R searches them, Tab completes commands and files."
+)
 
 
 def chat(
@@ -36,6 +51,10 @@ def chat(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
@@ -47,12 +66,16 @@ def chat(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk with MODEL. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
-    flags = options.SamplingFlags(temp, top_p, top_k, min_p).given()
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
+    bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = replace(machine, mtp=options.parse_mtp(mtp))
     options.check_stop(stop)
     if not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout)):
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")
@@ -68,10 +91,13 @@ def chat(
             seed=seed,
             stop=stop or (),
             thinking=think,
+            logit_bias=bias,
         )
         conversation = Conversation(system)
         splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question
-        Chat(engine, label(resolved), request, conversation).talk(LineEditor().read)
+        Chat(engine, label(resolved), request, conversation).talk(
+            LineEditor([name.split()[0] for name in COMMANDS]).read
+        )
 
 
 class Chat:
@@ -84,20 +110,27 @@ class Chat:
         self._conversation = conversation
         self._last: Answer | None = None
         self._unanswered: str | None = None  # stopped before its first word; /regen asks it again
-        self._printer = _Printer()
+        self._shows_thinking = False
+        self._draft = ""  # what the next prompt begins with
+        self._attached: list[str] = []  # files that go with the next question
 
-    def talk(self, read: Callable[[], str | None]) -> None:
+    def _next_draft(self) -> str:
+        draft, self._draft = self._draft, ""
+        return draft
+
+    def talk(self, read: Callable[[str], str | None]) -> None:
         """Until `read` gives None (Ctrl-D, Ctrl-C twice) or the user types /exit."""
         _say(f"{self._name} · context {self._engine.max_context} tokens · /help lists the commands")
-        while (line := read()) is not None:
+        while (line := read(self._next_draft())) is not None:
             text = line.strip()
             if text == "/exit":
                 return
             try:
-                if text.startswith("/"):
+                if text.startswith("/") and "/" not in text[1:].partition(" ")[0]:  # a path begins a question
                     self._obey(text)
                 elif text:
-                    self._answer(line)
+                    attached, self._attached = self._attached, []
+                    self._answer("\n".join([line, *attached]))
             except KeyboardInterrupt:  # between two pieces of work; the conversation is whole
                 _say("\nstopped")
             except LocalMoeError as error:
@@ -105,23 +138,121 @@ class Chat:
 
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
-        if command == "/help":
-            width = max(map(len, COMMANDS))
-            _say("\n".join([*(f"{name:<{width}}  {what}" for name, what in COMMANDS.items()), KEYS]))
-        elif command == "/reset":
-            self._conversation.reset()
-            self._last = self._unanswered = None
-            _say("forgotten")
-        elif command == "/system":
-            self._set_system(argument.strip())
-        elif command == "/regen":
-            self._regenerate()
-        elif command == "/stats":
-            _say(self._statistics())
+        obey = self._commands.get(command)
+        if obey is not None:
+            obey(argument.strip())
+            return
+        near = difflib.get_close_matches(command, self._commands, 1)
+        _say(f"no such command: {command}; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
+
+    @property
+    def _commands(self) -> dict[str, Callable[[str], None]]:
+        return {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/system": self._set_system,
+            "/regen": lambda _: self._regenerate(),
+            "/undo": self._undo,
+            "/edit": self._edit,
+            "/file": self._attach,
+            "/set": self._set,
+            "/think": self._think,
+            "/save": self._save,
+            "/load": self._load,
+            "/export": self._export,
+            "/copy": self._copy,
+            "/stats": lambda _: _say(self._statistics()),
+        }
+
+    def _help(self, _: str) -> None:
+        width = max(map(len, COMMANDS))
+        _say("\n".join([*(f"{name:<{width}}  {what}" for name, what in COMMANDS.items()), KEYS]))
+
+    def _reset(self, _: str) -> None:
+        self._conversation.reset()
+        self._last = self._unanswered = None
+        self._attached.clear()
+        _say("forgotten")
+
+    def _undo(self, _: str) -> None:
+        turn = self._conversation.take_back()
+        _say("nothing to take back" if turn is None else f"forgotten; {len(self._conversation.turns)} turns are left")
+
+    def _edit(self, _: str) -> None:
+        turn = self._conversation.take_back()
+        if turn is None:
+            _say("nothing to edit yet")
         else:
-            known = [name.split()[0] for name in COMMANDS]
-            near = difflib.get_close_matches(command, known, 1)
-            _say(f"no such command: {command}; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
+            self._draft = turn.question
+
+    def _attach(self, name: str) -> None:
+        from localmoe.cli.prompt import fenced
+
+        if not name:
+            raise UsageError("/file PATH names the file to send along")
+        text = fenced(Path(os.path.expanduser(name)))  # noqa: PTH111  (Path's raises for an unknown user)
+        self._attached.append(text)
+        _say(f"{name} goes with the next question ({text.count(chr(10)) - 2} lines)")
+
+    def _set(self, argument: str) -> None:
+        name, _, value = argument.partition(" ")
+        name = {"temp": "temperature"}.get(name.replace("-", "_"), name.replace("-", "_"))
+        if not name:
+            _say(settings.as_text(self._request.sampling))
+            return
+        if name not in (*self._request.sampling, "seed"):
+            known = ", ".join(["temp", *list(self._request.sampling)[1:]])
+            raise UsageError(f"/set: no setting {name!r}; there are {known} and seed")
+        try:
+            number = float(value)
+        except ValueError:
+            raise UsageError(f"/set {name}: {value!r} is not a number") from None
+        if name == "seed":
+            if not 0 <= number < 1 << 63 or number != int(number):
+                raise UsageError(f"/set seed: a whole number from 0 on is needed, not {value}")
+            self._request = replace(self._request, seed=int(value))
+        else:
+            options.check_sampling(name, number, f"/set {name}")
+            changed = self._request.sampling | {name: int(number) if name == "top_k" else number}
+            self._request = replace(self._request, sampling=changed)
+        _say(settings.as_text(self._request.sampling))
+
+    def _think(self, how: str) -> None:
+        if how in ("show", "hide"):
+            self._shows_thinking = how == "show"
+            _say("thinking stays on the screen" if self._shows_thinking else "thinking is folded to one line")
+        elif how in ("off", "on"):
+            splitter(self._engine, self._conversation.asking("?"), how == "on")  # refuses where there is no switch
+            self._request = replace(self._request, thinking=how == "on")
+            _say(f"thinking is {how} from the next answer on")
+        else:
+            _say((self._last.thinking.strip() if self._last else "") or "/think show, hide, off or on")
+
+    def _save(self, name: str) -> None:
+        path = transcript.path_of(name)
+        transcript.save(self._conversation, path)
+        _say(f"saved to {path}")
+
+    def _load(self, name: str) -> None:
+        self._conversation = transcript.load(transcript.path_of(name))
+        self._last = self._unanswered = None
+        _say(f"{len(self._conversation.turns)} turns; the conversation goes on from there")
+
+    def _export(self, name: str) -> None:
+        if not name:
+            raise UsageError("/export FILE.md names the file to write")
+        transcript.export(self._conversation, Path(os.path.expanduser(name)))  # noqa: PTH111
+        _say(f"written to {name}")
+
+    def _copy(self, _: str) -> None:
+        if not self._conversation.turns:
+            _say("nothing to copy yet")
+        elif os.environ.get("TERM", "dumb") == "dumb":
+            _say("this terminal cannot copy; /export FILE.md writes the conversation")
+        else:
+            data = base64.b64encode(self._conversation.turns[-1].answer.encode()).decode()
+            streams.draw(f"\x1b]52;c;{data}\x07")
+            _say("copied, if this terminal lets programs copy")
 
     def _set_system(self, text: str) -> None:
         if text:
@@ -147,8 +278,12 @@ class Chat:
         """Answer `question` and remember the turn; whether there was an answer to remember."""
         self._unanswered = question
         messages = self._conversation.asking(question)
+        from localmoe.cli.answer_view import AnswerView
+
+        answer = Answer()
+        view = AnswerView(answer, show_thinking=self._shows_thinking)
         try:
-            answer = collect(self._engine, messages, self._numbered(), self._printer.show, reuse_prefix=True)
+            collect(self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer)
         except ContextOverflowError:
             self._unanswered = None
             _say(
@@ -157,7 +292,7 @@ class Chat:
             )
             return False
         finally:
-            self._printer.finish()
+            view.finish()
         self._last = answer
         _say(self._afterword(answer) + "\n")
         if not answer.text:
@@ -203,32 +338,10 @@ class Chat:
         if last.prefill_seconds is not None:
             prefill += f" in {last.prefill_seconds:.2f} s"
         speed = f" at {last.decode_tokens_per_second:.1f} tokens/s" if last.decode_tokens_per_second else ""
-        return "\n".join([*lines, f"last      {prefill}, answer {last.completion_tokens} tokens{speed}"])
-
-
-class _Printer:
-    """Writes an answer to the terminal, its thinking dimmed."""
-
-    def __init__(self) -> None:
-        self._kind: str | None = None
-        self._column_zero = True
-
-    def show(self, segment: Segment) -> None:
-        text = segment.text
-        if segment.kind != self._kind:
-            text = text.lstrip("\n") if self._kind is None else text
-            if self._kind is not None:
-                streams.write("\n" if self._column_zero else "\n\n")
-            if not text:
-                return
-            self._kind = segment.kind
-        streams.write(text, faint=segment.kind == "thinking")
-        self._column_zero = text.endswith("\n")
-
-    def finish(self) -> None:
-        if not self._column_zero:
-            streams.write("\n")
-        self._kind, self._column_zero = None, True
+        lines.append(f"last      {prefill}, answer {last.completion_tokens} tokens{speed}")
+        if last.speculation is not None:
+            lines.append(f"guesses   {guesses(last.speculation)}")
+        return "\n".join(lines)
 
 
 def _say(text: str) -> None:

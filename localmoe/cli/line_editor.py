@@ -6,46 +6,77 @@ import os
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 
 from localmoe import store
 from localmoe.cli import streams
+from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from prompt_toolkit.completion import CompleteEvent
     from prompt_toolkit.key_binding import KeyPressEvent
 
 PROMPT = ">>> "
+_TAKE_A_FILE = ("/file", "/save", "/load", "/export")
 
 
 class LineEditor:
     """Reads the user's lines. Enter sends, Alt-Enter begins a new line, a pasted text keeps its lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, commands: Sequence[str] = ()) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=_history(),
             key_bindings=_bindings(),
-            enable_open_in_editor=False,
+            completer=_Completer(commands),
+            complete_while_typing=False,
+            enable_open_in_editor=True,  # Ctrl-X Ctrl-E
             prompt_continuation="... ",
         )
 
-    def read(self) -> str | None:
-        """The next line, or None when the user leaves: Ctrl-D, or Ctrl-C twice on an empty line."""
+    def read(self, draft: str = "") -> str | None:
+        """The next line, or None when the user leaves: Ctrl-D, or Ctrl-C twice on an empty line.
+
+        `draft` is what the line begins with."""
         warned = False
         while True:
             try:
-                return self._session.prompt(PROMPT)
+                return self._session.prompt(PROMPT, default=draft)
             except EOFError:
                 return None
             except KeyboardInterrupt:
                 if self._session.default_buffer.text:
-                    warned = False  # it cleared the line, which is all that was meant
+                    warned, draft = False, ""  # it cleared the line, which is all that was meant
                     continue
                 if warned:
                     return None
                 warned = True
                 streams.write("Ctrl-C again, Ctrl-D or /exit leaves", faint=True)
                 streams.write("\n")
+
+
+class _Completer(Completer):
+    """Slash commands, and file names after those that take one."""
+
+    def __init__(self, commands: Sequence[str]) -> None:
+        self._commands = sorted(set(commands))
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        command, space, argument = document.text_before_cursor.partition(" ")
+        if not space and command.startswith("/"):
+            yield from (Completion(c, start_position=-len(command)) for c in self._commands if c.startswith(command))
+        elif command in _TAKE_A_FILE:
+            inner = Document(argument, len(argument))
+            for found in self._paths.get_completions(inner, complete_event):
+                if found.text == printable_line(found.text):  # a file name can hold what a terminal acts on
+                    yield found
 
 
 def _history() -> History:
@@ -65,6 +96,13 @@ def _bindings() -> KeyBindings:
 
     @bindings.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    after_backslash = Condition(lambda: get_app().current_buffer.document.text_before_cursor.endswith("\\"))
+
+    @bindings.add("enter", filter=after_backslash)
+    def _(event: KeyPressEvent) -> None:  # for terminals that keep Alt-Enter to themselves
+        event.current_buffer.delete_before_cursor()
         event.current_buffer.insert_text("\n")
 
     return bindings

@@ -40,6 +40,7 @@ def load_engine(path: Path, machine: Machine) -> Engine:
         ram=machine.ram,
         ctx=machine.context,
         cache_dtype=machine.cache_dtype,
+        mtp=machine.mtp,
     )
 
 

@@ -15,6 +15,7 @@ DEVICES = ("auto", "cpu", "cuda")
 TIERS = ("auto", "reference", "portable", "avx2", "avxvnni", "avx512")
 CACHE_DTYPES = ("auto", "bf16", "int8", "float32")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
+_MOST_BIAS = 1e4
 _UNITS = {"B": 1} | {
     prefix + suffix: base ** (power + 1)
     for suffix, base in (("iB", 1024), ("B", 1000))
@@ -58,6 +59,14 @@ CacheDtype = Annotated[
         help="What the latent cache holds: bf16, int8 (56 % of its memory) or float32; auto is bf16.",
     ),
 ]
+Mtp = Annotated[
+    str,
+    typer.Option(
+        "--mtp",
+        metavar="auto|N",
+        help="Tokens to guess at a time, checked in one pass; auto: as many as pay here. The output is the same.",
+    ),
+]
 Deterministic = Annotated[
     bool,
     typer.Option("--deterministic", help="Freeze where experts are placed. On the CPU they never move."),
@@ -84,6 +93,29 @@ MinP = Annotated[
     float | None,
     typer.Option("--min-p", metavar="P", help="Sample from tokens at least P times as likely as the likeliest."),
 ]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty", metavar="R", help="Divide the logits of tokens that were there already; 1 is off."
+    ),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option("--presence-penalty", metavar="X", help="Take X off the logits of tokens in the answer so far."),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option("--frequency-penalty", metavar="X", help="Take X off for each time a token is in the answer so far."),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logit-bias",
+        metavar="ID=B",
+        show_default=False,
+        help="Add B to the logit of the token with this id; -inf: never. May be repeated.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="S", min=0, help="Make sampling repeatable.")]
 Stop = Annotated[
     list[str] | None,
@@ -108,6 +140,16 @@ class Machine:
     ram: int | None = None
     context: int | None = None
     cache_dtype: str = "auto"
+    mtp: int | None = 0  # None: as many as pay
+
+
+def parse_mtp(text: str) -> int | None:
+    """The number of tokens to guess, None for `auto`. Raises UsageError."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) == 1 and int(text) < 8):
+        raise UsageError(f"--mtp: {text!r} is neither auto nor a number from 0 to 7")
+    return int(text)
 
 
 def machine(
@@ -129,13 +171,15 @@ class SamplingFlags:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def given(self) -> dict[str, float]:
         """Those that were given, by the names that sampling uses. Raises UsageError naming a bad value's flag."""
-        spelled = {"temperature": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p"}
-        values = {name: value for name in spelled if (value := getattr(self, name)) is not None}
+        values = {name: value for name, value in vars(self).items() if value is not None}
         for name, value in values.items():
-            check_sampling(name, value, spelled[name])
+            check_sampling(name, value, "--temp" if name == "temperature" else f"--{name.replace('_', '-')}")
         return values
 
 
@@ -151,6 +195,25 @@ def check_sampling(name: str, value: object, where: str) -> None:
         raise UsageError(f"{where}: a probability from 0 to 1 is needed, not {value}")
     if name == "top_k" and (value < 0 or value != int(value)):
         raise UsageError(f"{where}: a whole number from 0 on is needed, not {value}")
+    if name == "repetition_penalty" and not 0 < value <= 100:
+        raise UsageError(f"{where}: a number above 0 and up to 100 is needed, 1 is off; not {value}")
+    if name in ("presence_penalty", "frequency_penalty") and abs(value) > 100:
+        raise UsageError(f"{where}: a number from -100 to 100 is needed, 0 is off; not {value}")
+
+
+def parse_bias(entries: list[str] | None) -> dict[int, float]:
+    """Token ids and what to add to their logits, from `ID=B`. Raises UsageError for what is not that."""
+    found: dict[int, float] = {}
+    for entry in entries or ():
+        token_id, _, text = entry.partition("=")
+        try:
+            bias = float(text)
+        except ValueError:
+            bias = math.nan
+        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 10) or not bias <= _MOST_BIAS:
+            raise UsageError(f"--logit-bias: {entry!r} is not ID=B, a token id and a number up to 10000 or -inf")
+        found[int(token_id)] = bias if bias == -math.inf else max(bias, -_MOST_BIAS)
+    return found
 
 
 def check_stop(words: list[str] | None) -> None:

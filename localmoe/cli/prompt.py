@@ -24,7 +24,7 @@ def assemble(prompt: str | None, files: Sequence[Path], *, may_be_empty: bool = 
     if prompt is None and not files and interactive:
         raise UsageError("nothing to ask: give a PROMPT, a file with -f, or text on standard input")
     parts = [] if prompt is None else [_argument(prompt)]
-    parts += [_named(path) for path in files]
+    parts += [fenced(path) for path in files]
     if not interactive:
         piped = decode(streams.read_input(), "standard input")
         if piped:
@@ -59,7 +59,8 @@ def _argument(text: str) -> str:
     return decode(text.encode("utf-8", "surrogateescape"), "PROMPT")
 
 
-def _named(path: Path) -> str:
+def fenced(path: Path) -> str:
+    """A file's text under its name, as a code block. Raises InputError naming it."""
     text = read_file(path).removesuffix("\n")
     fence = "```"
     while fence in text:

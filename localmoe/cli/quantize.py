@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from localmoe import store
-from localmoe.cli import options, streams, units
+from localmoe.cli import options, prompt, streams, units
 from localmoe.cli.sanitize import printable_line
 from localmoe.errors import UsageError
 
@@ -45,7 +46,21 @@ def quantize(
             "--grid", metavar="mse|absmax", help="Search the scales for the least error, or take the largest weight's."
         ),
     ] = "mse",
-    method: Annotated[str, typer.Option("--method", metavar="rtn", help="Round to the nearest.")] = "rtn",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="rtn|gptq|auto",
+            help="Round to the nearest, compensate errors (GPTQ), or choose by measured error.  "
+            "[default: rtn; with --calibrate auto]",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate", metavar="FILE", help="Run the model on this text first.  [gptq and auto: a text of ours]"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -59,11 +74,11 @@ def quantize(
     checked = _grid(grid)
     if group_size not in (32, 64, 128):
         raise UsageError(f"--group-size: {group_size} is not one of 32, 64, 128")
-    if method != "rtn":
-        raise UsageError(f"--method: {method!r} is not one of rtn")
+    rounding = _method(method, calibrate is not None)
+    text = prompt.read_file(calibrate) if calibrate is not None else None
     source = _source(ref)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
-    report = make_artifact(source, target, chosen, group_size=group_size, grid=checked)
+    report = make_artifact(source, target, chosen, group_size=group_size, grid=checked, method=rounding, text=text)
     name = str(target) if output is not None else f"{ref.name}:{chosen}"
     if as_json:
         streams.write_json(_record(name, report))
@@ -72,7 +87,14 @@ def quantize(
 
 
 def make_artifact(
-    source: Path, output: Path, recipe: str, *, group_size: int = 32, grid: Literal["mse", "absmax"] = "mse"
+    source: Path,
+    output: Path,
+    recipe: str,
+    *,
+    group_size: int = 32,
+    grid: Literal["mse", "absmax"] = "mse",
+    method: Literal["rtn", "gptq", "auto"] = "rtn",
+    text: str | None = None,
 ) -> Report:
     """Quantize with a progress bar. Ctrl-C loses nothing."""
     from localmoe.cli.render import progress_bar
@@ -85,7 +107,16 @@ def make_artifact(
                 item = progress.item if progress.stage == "quantize" else f"check {progress.item}"
                 advance(progress.done_bytes, progress.total_bytes, item)
 
-            return run_pipeline(source, output, recipe, group_size=group_size, grid=grid, progress=report)
+            return run_pipeline(
+                source,
+                output,
+                recipe,
+                group_size=group_size,
+                grid=grid,
+                method=method,
+                calibration_text=text,
+                progress=report,
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
 
@@ -105,6 +136,18 @@ def _grid(text: str) -> Literal["mse", "absmax"]:
     if text == "absmax":
         return "absmax"
     raise UsageError(f"--grid: {text!r} is not one of mse, absmax")
+
+
+def _method(text: str | None, calibrated: bool) -> Literal["rtn", "gptq", "auto"]:
+    if text is None:
+        return "auto" if calibrated else "rtn"
+    if text == "rtn":
+        return "rtn"
+    if text == "gptq":
+        return "gptq"
+    if text == "auto":
+        return "auto"
+    raise UsageError(f"--method: {text!r} is not one of rtn, gptq, auto")
 
 
 def _source(ref: ModelRef) -> Path:
@@ -145,6 +188,17 @@ def _worst(manifest: Manifest) -> list[tuple[str, str, float]]:
     return [(name, record.scheme, record.relative_error) for name, record in ranked[:_WORST]]
 
 
+def _calibrated(manifest: Manifest) -> str:
+    """How many matrices got which rounding, and how few tokens the rarest of them saw; empty without calibration."""
+    records = [record for record in manifest.tensors.values() if record.method is not None]
+    if not records:
+        return ""
+    counts = Counter(record.method for record in records)
+    methods = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
+    fewest = min(record.tokens or 0 for record in records)
+    return f"{methods} of {len(records)} calibrated matrices; the rarest saw {fewest:,} tokens"
+
+
 def _summary(name: str, source: Path, report: Report) -> str:
     manifest, totals = report.manifest, report.manifest.totals
     state = ": was here already" if report.already_there else ""
@@ -157,6 +211,9 @@ def _summary(name: str, source: Path, report: Report) -> str:
         ("error", f"{totals.relative_error:.4f} of the weights' norm"),
     ]
     facts += [("worst", f"{error:.4f} {tensor} ({scheme})") for tensor, scheme, error in _worst(manifest)]
+    calibrated = _calibrated(manifest)
+    if calibrated:
+        facts.append(("rounded", calibrated))
     facts += [("note", note) for note in manifest.notes]
     facts.append(("in", str(report.output)))
     lines = [f"{name}{state}", *(f"  {label:<7}  {value}" for label, value in facts)]

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,6 +34,8 @@ Advance = Callable[[int, int, str], None]
 
 _PIPE_WIDTH = 10_000  # nothing is cut or wrapped for a program that reads the table
 _SHORTEST_ITEM = 12
+_LONGEST_CODE = 400  # lines of a block that are coloured; each is coloured in the light of all before it
+_LONGEST_LINE = 500
 
 
 @contextmanager
@@ -80,6 +84,36 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: Sequence[
         grid.add_row(*(Text(printable_line(cell)) for cell in row))
     console.print(grid)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def markdown_table(rows: Sequence[Sequence[str]], align: Sequence[str], columns: int) -> list[str]:
+    """Rows of sanitized cells, which may hold escape sequences of ours, drawn as a table of at most `columns`."""
+    file = io.StringIO()
+    console = Console(file=file, width=columns, force_terminal=True, color_system="standard", highlight=False)
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, name in enumerate(rows[0]):
+        justify = {"right": "right", "center": "center"}.get(align[number] if number < len(align) else "", "left")
+        grid.add_column(Text.from_ansi(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows[1:]:
+        grid.add_row(*map(Text.from_ansi, row[: len(rows[0])]))
+    console.print(grid)
+    return file.getvalue().rstrip("\n").split("\n")
+
+
+def highlight(lines: Sequence[str], language: str) -> list[tuple[str, str]]:
+    """The last of these lines of code, as (SGR numbers, text); plain where the language is not known."""
+    from rich.syntax import Syntax
+
+    if not language or len(lines) > _LONGEST_CODE or max(map(len, lines)) > _LONGEST_LINE or not lines[-1].strip():
+        return [("", lines[-1])]
+    coloured = Syntax("", language, theme="ansi_dark").highlight("\n".join(lines))
+    last = coloured.split("\n", allow_blank=True)[len(lines) - 1]
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    spans = []
+    for text, style, _ in last.render(console):
+        code = style.render("x", color_system=ColorSystem.STANDARD) if style else "x"
+        spans.append((code[2 : code.index("m")] if code.startswith("\x1b[") else "", text))
+    return spans
 
 
 def _table_width(rows: Sequence[Sequence[str]]) -> int:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from localmoe.cli import options, prompt, settings, streams
-from localmoe.cli.answer import Answer, Request, collect
+from localmoe.cli.answer import Answer, Request, collect, guesses
 from localmoe.cli.failure import INTERRUPTED
-from localmoe.errors import UsageError
+from localmoe.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
+    from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment
 
 _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
-    "prefill_seconds, decode_seconds, decode_tokens_per_second"
+    "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at "
+    "a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
+    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included"
 )
 
 
@@ -36,6 +42,10 @@ def run(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
@@ -44,6 +54,19 @@ def run(
     ] = False,
     think: options.Think = None,
     show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            "--logprobs",
+            metavar="N",
+            min=0,
+            max=100,
+            help="With --json: every token with its log probability, and the N likeliest at its place.",
+        ),
+    ] = None,
+    think_to: Annotated[
+        Path | None, typer.Option("--think-to", metavar="FILE", help="Write the thinking to a file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_JSON_KEYS))] = False,
     device: options.Device = "auto",
     kernels: options.KernelTier = "auto",
@@ -52,6 +75,7 @@ def run(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
@@ -60,16 +84,22 @@ def run(
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
     """
-    flags = options.SamplingFlags(temp, top_p, top_k, min_p).given()
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
+    bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
-    if raw and (system is not None or think is not None or show_thinking):
+    machine = replace(machine, mtp=options.parse_mtp(mtp))
+    if raw and (system is not None or think is not None or show_thinking or think_to is not None):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
     question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
     asked: str | list[Message] = question if raw else messages(question, system)
 
     from localmoe.cli.opening import label, open_engine
 
+    thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
     resolved, engine = open_engine(model, machine)
     with engine:
         request = Request(
@@ -78,15 +108,37 @@ def run(
             seed=seed,
             stop=stop or (),
             thinking=think,
+            logit_bias=bias,
+            top_logprobs=logprobs,
         )
         printer = _Printer(answer=not as_json, thinking=show_thinking)
         answer = collect(engine, asked, request, printer.show)
         printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
+        if thoughts is not None:
+            _write_thinking(think_to, thoughts, answer.thinking)
         if as_json:
             streams.write_json(_as_json(label(resolved), answer))
         streams.remark(statistics(answer, engine.max_context))
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _open_for_thinking(path: Path) -> TextIO:
+    """Raises StorageError where `path` cannot be written. An old file stays as it is until there is a new text."""
+    try:
+        return path.open("a", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
+
+
+def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
+    try:
+        with file:
+            if file.seekable():
+                file.truncate(0)
+            file.write(text if text.endswith("\n") or not text else text + "\n")
+    except OSError as error:
+        raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
 
 
 def messages(question: str, system: str | None) -> list[Message]:
@@ -105,12 +157,15 @@ def statistics(answer: Answer, max_context: int) -> str:
         if answer.finish_reason == "length":
             used = answer.prompt_tokens + answer.completion_tokens
             parts.append(f"the context of {max_context} is full" if used >= max_context else "stopped by -n")
+    if answer.speculation is not None:
+        parts.append(guesses(answer.speculation))
     if answer.finish_reason == "interrupted":
         parts.append("interrupted")
     return " · ".join(parts)
 
 
 def _as_json(model: str, answer: Answer) -> dict[str, Any]:
+    logprobs = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
     return {
         "model": model,
         "text": answer.text,
@@ -121,7 +176,13 @@ def _as_json(model: str, answer: Answer) -> dict[str, Any]:
         "prefill_seconds": answer.prefill_seconds,
         "decode_seconds": answer.decode_seconds,
         "decode_tokens_per_second": answer.decode_tokens_per_second,
+        "speculation": None if answer.speculation is None else _speculation(answer.speculation),
+        **logprobs,
     }
+
+
+def _speculation(stats: SpeculationStats) -> dict[str, Any]:
+    return asdict(stats) | {"acceptance_rate": stats.acceptance_rate}
 
 
 class _Printer:

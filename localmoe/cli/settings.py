@@ -13,7 +13,16 @@ from localmoe.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-GREEDY: dict[str, float] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+GREEDY: dict[str, float] = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+_IN_CHECKPOINTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 
 
 def user_config_path() -> Path:
@@ -56,7 +65,8 @@ def sampling(flags: Mapping[str, float], name: str, checkpoint: Mapping[str, flo
 def as_text(sampling: Mapping[str, float]) -> str:
     """The settings in words."""
     if sampling["temperature"] == 0:
-        return "greedy: always the likeliest token"
+        penalties = [f"{name} {sampling[name]:g}" for name in list(GREEDY)[4:] if sampling[name] != GREEDY[name]]
+        return ", ".join(["greedy: always the likeliest token", *penalties])
     return ", ".join(f"{name} {value:g}" for name, value in sampling.items() if value != GREEDY[name])
 
 
@@ -79,7 +89,7 @@ def from_checkpoint(directory: Path) -> dict[str, float]:
     config = read_json_object(path)
     if config.get("do_sample") is False:
         return {}
-    found = {name: value for name in GREEDY if (value := config.get(name)) is not None}
+    found = {name: value for name in _IN_CHECKPOINTS if (value := config.get(name)) is not None}
     for name, value in found.items():
         try:
             check_sampling(name, value, f"{path}: {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from localmoe.formats.manifest import TensorRecord
+    from localmoe.formats.manifest import Manifest, TensorRecord
     from localmoe.store import Resolved
 
 _KEYS = (
-    "model, kind (artifact, source), path, recipe, group_size, grid, source {name, revision}, parameters, "
+    "model, kind (artifact, source), path, recipe, group_size, grid, calibration {method, text_sha256, rounded {gptq, "
+    "weighted, mse: matrices}, rarest_expert, rarest_expert_tokens} or null, source {name, revision}, parameters, "
     "bits_per_weight, size_bytes, relative_error, errors [{part, scheme, matrices, mean_relative_error, "
     "max_relative_error}], worst [{tensor, scheme, relative_error}], notes, sampling, config, "
     "files [{name, size_bytes}]"
@@ -56,6 +58,18 @@ class WorstTensor:
 
 
 @dataclass(frozen=True)
+class CalibrationFacts:
+    """How the layers' int4 matrices were rounded by what the model saw in a text. `rounded` counts them by what was
+    taken; `rarest_expert` is the routed expert that the fewest tokens reached, None where no expert was calibrated."""
+
+    method: str
+    text_sha256: str
+    rounded: dict[str, int]
+    rarest_expert: str | None
+    rarest_expert_tokens: int | None
+
+
+@dataclass(frozen=True)
 class FileSize:
     """One file of the model's directory."""
 
@@ -79,6 +93,7 @@ class Description:
     recipe: str | None = None
     group_size: int | None = None
     grid: str | None = None
+    calibration: CalibrationFacts | None = None
     source: dict[str, str | None] | None = None
     relative_error: float | None = None
     errors: list[PartError] = field(default_factory=list)
@@ -96,7 +111,7 @@ def show(
     if as_json:
         streams.write_json(asdict(description))
     else:
-        streams.write(_text(description))
+        streams.write(as_text(description))
 
 
 def describe(resolved: Resolved) -> Description:
@@ -129,11 +144,32 @@ def describe(resolved: Resolved) -> Description:
         recipe=manifest.settings.recipe,
         group_size=manifest.settings.group_size,
         grid=manifest.settings.grid,
+        calibration=calibration_facts(manifest),
         source={"name": manifest.source.name, "revision": manifest.source.revision},
         relative_error=manifest.totals.relative_error,
         errors=errors_by_part(manifest.tensors),
         worst=[WorstTensor(name, record.scheme, record.relative_error) for name, record in worst],
         notes=list(manifest.notes),
+    )
+
+
+def calibration_facts(manifest: Manifest) -> CalibrationFacts | None:
+    """What the manifest says of its calibration; None where there was none."""
+    if manifest.settings.calibration is None:
+        return None
+    rounded = Counter(record.method for record in manifest.tensors.values() if record.method is not None)
+    reached = {
+        name.rpartition(".")[0]: record.tokens
+        for name, record in manifest.tensors.items()
+        if ".mlp.experts." in name and record.tokens is not None
+    }
+    rarest = min(sorted(reached), key=reached.__getitem__, default=None)
+    return CalibrationFacts(
+        method=manifest.settings.method,
+        text_sha256=manifest.settings.calibration,
+        rounded=dict(sorted(rounded.items())),
+        rarest_expert=rarest,
+        rarest_expert_tokens=None if rarest is None else reached[rarest],
     )
 
 
@@ -163,7 +199,8 @@ def _weights(path: Path) -> tuple[int, int]:
     return parameters, stored
 
 
-def _text(description: Description) -> str:
+def as_text(description: Description) -> str:
+    """What `show` prints, control characters made visible."""
     from localmoe.cli.render import table
 
     facts = [
@@ -176,7 +213,9 @@ def _text(description: Description) -> str:
     if description.recipe is not None:
         made = f"{description.recipe}, groups of {description.group_size}, {description.grid} grid"
         facts.insert(2, ("recipe", made))
-        facts.insert(5, ("error", f"{description.relative_error:.4f} of the weights' norm"))
+        if description.calibration is not None:
+            facts[3:3] = _calibration(description.calibration)
+        facts.insert(-1, ("error", f"{description.relative_error:.4f} of the weights' norm"))
     width = max(len(name) for name, _ in facts)
     blocks = [
         printable_line(description.model),
@@ -194,6 +233,14 @@ def _text(description: Description) -> str:
     files = [(f"  {file.name}", units.size(file.size_bytes)) for file in description.files]
     blocks += ["", table(("  FILE", "SIZE"), files, ("left", "right"))]
     return "\n".join(blocks) + "\n"
+
+
+def _calibration(facts: CalibrationFacts) -> list[tuple[str, str]]:
+    counts = ", ".join(f"{name} {count}" for name, count in facts.rounded.items())
+    lines = [("calibration", f"{facts.method}, on text {facts.text_sha256[:12]}; matrices rounded by {counts}")]
+    if facts.rarest_expert is not None:
+        lines.append(("rarest expert", f"{facts.rarest_expert}, {facts.rarest_expert_tokens:,} tokens of that text"))
+    return lines
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

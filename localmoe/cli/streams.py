@@ -48,6 +48,14 @@ def can_style(stream: TextIO | None) -> bool:
     return is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
 
 
+def columns() -> int:
+    """The width of the terminal at standard output, as it is now."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 def write(text: str, *, faint: bool = False) -> None:
     """Write to standard output at once: sanitized for a terminal, unchanged for a pipe.
 
@@ -55,6 +63,14 @@ def write(text: str, *, faint: bool = False) -> None:
     """
     if is_terminal(sys.stdout):
         text = dim(printable(text), sys.stdout) if faint else printable(text)
+    draw(text)
+
+
+def draw(text: str) -> None:
+    """Write to standard output as it is: for text that was sanitized before escape sequences were put around it.
+
+    Raises as `write` does.
+    """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -31,9 +31,15 @@ class Settings:
     recipe: str
     group_size: int
     grid: str
+    method: str = "rtn"
+    calibration: str | None = None
+    """SHA-256 of the calibration text, where there was one."""
 
     def __str__(self) -> str:
-        return f"{self.recipe}, groups of {self.group_size}, {self.grid} grid"
+        plain = f"{self.recipe}, groups of {self.group_size}, {self.grid} grid"
+        if self.calibration is None:
+            return plain
+        return f"{plain}, {self.method} calibrated on {self.calibration[:12]}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class TensorRecord:
 
     scheme: str
     relative_error: float
+    method: str | None = None
+    tokens: int | None = None
+    output_error: float | None = None
+    """Of a calibrated matrix: `gptq`, `weighted` or `mse`; the calibration tokens that reached it; and
+    ||X (W - W')|| / ||X W|| over them."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,12 @@ class Manifest:
         """Canonical JSON: sorted keys, one line a value, no NaN."""
         value = asdict(self) | asdict(self.settings) | {"format": FORMAT}
         del value["settings"]
+        if self.settings.calibration is None:  # nothing to say of it
+            del value["method"], value["calibration"]
+        for entry in value["tensors"].values():
+            for name in ("method", "tokens", "output_error"):
+                if entry[name] is None:
+                    del entry[name]
         return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
     @classmethod
@@ -124,6 +141,8 @@ class _Reader:
                 recipe=self.text("recipe", top.get("recipe")),
                 group_size=self.count("group_size", top.get("group_size")),
                 grid=self.text("grid", top.get("grid")),
+                method=self.text("method", top.get("method", "rtn")),
+                calibration=self.optional_text("calibration", top.get("calibration")),
             ),
             source=Source(
                 name=self.optional_text("source.name", source.get("name")),
@@ -179,6 +198,11 @@ class _Reader:
         return TensorRecord(
             self.text(f"tensors.{name}.scheme", entry.get("scheme")),
             self.number(f"tensors.{name}.relative_error", entry.get("relative_error")),
+            self.optional_text(f"tensors.{name}.method", entry.get("method")),
+            None if entry.get("tokens") is None else self.count(f"tensors.{name}.tokens", entry["tokens"]),
+            None
+            if entry.get("output_error") is None
+            else self.number(f"tensors.{name}.output_error", entry["output_error"]),
         )
 
     def totals(self, value: object) -> Totals:

@@ -33,7 +33,8 @@ class Block:
         self._attention = Attention(config, source, layer, kernels)
         self._mlp_norm = RMSNorm(source, f"{module}.post_attention_layernorm", config.rms_norm_eps)
         self._mlp: _Dense | MoE
-        if config.moe_layers[layer]:
+        # An MTP layer, past the last, is of either kind
+        if config.moe_layers[layer] if layer < len(config.moe_layers) else f"{module}.mlp.gate.weight" in source:
             self._mlp = MoE(config, source, f"{module}.mlp", kernels, experts(layer))
         else:
             self._mlp = _Dense(source, f"{module}.mlp", kernels)
@@ -44,6 +45,10 @@ class Block:
         with self._attention_time:
             x = x + self._attention(self._input_norm(x), positions, cache)
         return x + self._mlp(self._mlp_norm(x))
+
+    def remember(self, x: Tensor, positions: Positions, cache: LatentCache) -> None:
+        """Only put the latents of `x` [T, H] into the layer's part of `cache`."""
+        self._attention.remember(self._input_norm(x), positions, cache)
 
 
 class _Dense:
@@ -90,21 +95,35 @@ class Model:
         Returns float32 logits [T, V], or [1, V] of the last token. Raises InputError for no tokens or an id
         outside the vocabulary, ContextOverflowError where the cache is full; the cache is unchanged then.
         """
+        states = self.states(token_ids, cache)
+        return self.logits(states[-1:] if last_only else states)
+
+    def states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
+        """As `forward`, but the states after the final norm, float32 [T, H]: what the head and the MTP layer read."""
         count = len(token_ids)
         if count == 0:
             raise InputError("there is no token to run the model on")
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.config.vocab_size:
             raise InputError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
         self._kernels.share_cores(count)
-        positions = self._positions(cache.length, count)
-        x = embedding_rows(self._embedding, token_ids)  # [T, H]
+        positions = self.positions(cache.length, count)
+        x = self.embed(token_ids)
         for block in self._blocks:
             x = block(x, positions, cache)
         cache.advance(count)
-        with self._head_time:
-            return self._head(self._norm(x[-1:] if last_only else x))
+        return self._norm(x)
 
-    def _positions(self, start: int, count: int) -> Positions:
+    def logits(self, states: Tensor) -> Tensor:
+        """The head: states [T, H] -> float32 logits [T, V]."""
+        with self._head_time:
+            return self._head(states)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> float32 [T, H]."""
+        return embedding_rows(self._embedding, token_ids)
+
+    def positions(self, start: int, count: int) -> Positions:
+        """The places `start` to `start + count` of a sequence."""
         future = torch.ones(count, count, dtype=torch.bool).triu_(1) if count > 1 else None
         path = self._path or cheaper_path(self.config, count, start + count)
         rotations = self._rope.rotations(start, count)

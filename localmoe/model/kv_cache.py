@@ -6,6 +6,8 @@ the latent's float32 scale. vLLM's FP8 cache for MLA divides a row the same way.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -49,17 +51,25 @@ class LatentCache:
 
     Memory is taken as the context grows, by half again each time, never beyond `capacity` tokens: a long
     maximum context costs nothing until it is used. A forward pass appends to every layer, then advances the
-    length once, so a pass that is interrupted leaves the cache as it was.
+    length once, so a pass that is interrupted leaves the cache as it was. `layers` are their indices, by default
+    all of the main model's.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        layers: Iterable[int] | None = None,
+    ) -> None:
         self.capacity = capacity
         self._length = 0
         self._rank = config.kv_lora_rank
         self._packed = dtype == torch.int8
         stored = torch.uint8 if self._packed else dtype
         self._width = row_bytes(config, dtype) // stored.itemsize
-        self._rows = [torch.empty(0, self._width, dtype=stored) for _ in range(config.num_hidden_layers)]
+        indices = range(config.num_hidden_layers) if layers is None else layers
+        self._rows = {layer: torch.empty(0, self._width, dtype=stored) for layer in indices}
 
     @property
     def length(self) -> int:
@@ -69,7 +79,7 @@ class LatentCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated now, over all layers."""
-        return sum(rows.nbytes for rows in self._rows)
+        return sum(rows.nbytes for rows in self._rows.values())
 
     def append(self, layer: int, rows: Tensor) -> Tensor:
         """Write float32 `rows` [T, width] after the tokens held and return all of the layer's: [length + T, width].
@@ -77,9 +87,14 @@ class LatentCache:
         The result may be a view, valid until the next append; of an int8 cache it is float32. Raises
         ContextOverflowError beyond `capacity`.
         """
+        held = self.write(layer, rows)
+        return unpack_int8(held, self._rank) if self._packed else held
+
+    def write(self, layer: int, rows: Tensor) -> Tensor:
+        """As `append`, but returns the rows as stored."""
         held = self.reserve(layer, len(rows))
         held[self._length :] = pack_int8(rows, self._rank) if self._packed else rows
-        return unpack_int8(held, self._rank) if self._packed else held
+        return held
 
     def reserve(self, layer: int, count: int) -> Tensor:
         """The layer's rows as stored, [length + count, width], the last `count` of them to be written by the caller.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from localmoe.formats.weights import dequantize
 from localmoe.kernels.attention import MlaWeights
+from localmoe.kernels.cpu import MATVEC_TOKENS
 from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache
@@ -47,12 +48,13 @@ class Positions:
 def cheaper_path(config: ModelConfig, tokens: int, context: int) -> Path:
     """The path with fewer multiplications for `tokens` queries over `context` keys, by head.
 
-    One token always goes the absorbed way, so that decode is one path from the first token on.
+    As many tokens as the native kernels compute each as if alone always go the absorbed way, so that decode is one
+    path from the first token on, and a few tokens checked in one pass get the bits that they get one by one.
     """
     r, v, p, n = config.kv_lora_rank, config.v_head_dim, config.qk_rope_head_dim, config.qk_nope_head_dim
     naive = context * r * (n + v) + tokens * context * (n + p + v)
     absorbed = tokens * r * (n + v) + tokens * context * (2 * r + p)
-    return "absorbed" if tokens == 1 or absorbed < naive else "naive"
+    return "absorbed" if tokens <= MATVEC_TOKENS or absorbed < naive else "naive"
 
 
 def naive_attention(
@@ -150,6 +152,10 @@ class Attention:
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [A, T, v]
         return self._o_proj(out.transpose(0, 1).flatten(1))
 
+    def remember(self, x: Tensor, positions: Positions, cache: LatentCache) -> None:
+        """Append the latents of `x` [T, H] to `cache` and attend to nothing."""
+        cache.write(self._layer, self._rows(x, positions))
+
     def _expansions(self) -> tuple[Tensor, Tensor]:
         """Every head's maps from the latent to its keys and values, float32: [A, n, r] and [A, v, r]."""
         kv_b = dequantize(self._kv_b).view(self._config.num_attention_heads, -1, self._config.kv_lora_rank)
@@ -170,11 +176,14 @@ class Attention:
 
     def _remember(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
         """Append this pass's latents and shared keys; all of the layer's rows in float32 [S, r + p]."""
+        return cache.append(self._layer, self._rows(x, positions)).float()
+
+    def _rows(self, x: Tensor, positions: Positions) -> Tensor:
+        """What the cache holds of `x` [T, H]: [T, r + p]."""
         rank = self._config.kv_lora_rank
         kv_a = self._kv_a_proj(x)  # [T, r + p]
         latent, k_pe = self._kv_a_norm(kv_a[:, :rank]), rotate(kv_a[:, rank:], positions.rotations)
-        rows = torch.cat((latent, k_pe), dim=1)  # [T, r + p]
-        return cache.append(self._layer, rows).float()
+        return torch.cat((latent, k_pe), dim=1)
 
     def _heads_at_a_time(self, tokens: int, context: int) -> int:
         """How many heads' scores, keys and values fit in the workspace: at least one."""

@@ -16,6 +16,7 @@ from localmoe.formats.fp8 import scale_shape
 from localmoe.formats.safetensors import TensorInfo
 from localmoe.formats.scheme import TensorSpec
 from localmoe.model.config import ModelConfig
+from localmoe.model.mtp import has_mtp, mtp_module
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.")
@@ -44,27 +45,32 @@ def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
         known.add(name)
     for module, shape in _modules(config):
         known.update(_check_module(checkpoint, module, shape))
+    if has_mtp(config, checkpoint):
+        known.update(_check_mtp(config, checkpoint))
     for name, info in checkpoint.tensors.items():
         if name not in known and not _is_extra(config, name):
             raise CheckpointError(f"{info.file.name}: {name} is not a tensor of a {config.model_type} of this config")
 
 
 def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    hidden = config.hidden_size
     for layer, is_moe in enumerate(config.moe_layers):
-        module = f"model.layers.{layer}"
-        for name, shape in _attention(config):
-            yield f"{module}.self_attn.{name}", shape
-        if not is_moe:
-            yield from _mlp(f"{module}.mlp", hidden, config.intermediate_size)
-            continue
-        if config.n_shared_experts:
-            shared = config.n_shared_experts * config.moe_intermediate_size
-            yield from _mlp(f"{module}.mlp.shared_experts", hidden, shared)
-        for expert in range(config.n_routed_experts):
-            yield from _mlp(f"{module}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
+        yield from _layer_modules(config, layer, is_moe)
     if not config.tie_word_embeddings:
-        yield "lm_head", (config.vocab_size, hidden)
+        yield "lm_head", (config.vocab_size, config.hidden_size)
+
+
+def _layer_modules(config: ModelConfig, layer: int, is_moe: bool) -> Iterator[tuple[str, tuple[int, int]]]:
+    hidden, module = config.hidden_size, f"model.layers.{layer}"
+    for name, shape in _attention(config):
+        yield f"{module}.self_attn.{name}", shape
+    if not is_moe:
+        yield from _mlp(f"{module}.mlp", hidden, config.intermediate_size)
+        return
+    if config.n_shared_experts:
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        yield from _mlp(f"{module}.mlp.shared_experts", hidden, shared)
+    for expert in range(config.n_routed_experts):
+        yield from _mlp(f"{module}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
 
 
 def _attention(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -89,22 +95,47 @@ def _plain_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]
     hidden = config.hidden_size
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for layer, is_moe in enumerate(config.moe_layers):
-        module = f"model.layers.{layer}"
-        yield f"{module}.input_layernorm.weight", (hidden,)
-        yield f"{module}.post_attention_layernorm.weight", (hidden,)
-        yield f"{module}.self_attn.kv_a_layernorm.weight", (config.kv_lora_rank,)
-        if config.q_lora_rank is not None:
-            yield f"{module}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
-        if config.attention_bias:
-            yield f"{module}.self_attn.kv_a_proj_with_mqa.bias", (config.latent_width,)
-            yield f"{module}.self_attn.o_proj.bias", (hidden,)
-            if config.q_lora_rank is not None:
-                yield f"{module}.self_attn.q_a_proj.bias", (config.q_lora_rank,)
-        if is_moe:
-            yield f"{module}.mlp.gate.weight", (config.n_routed_experts, hidden)
-            if config.topk_method == "noaux_tc":
-                yield f"{module}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
+        yield from _layer_tensors(config, layer, is_moe)
     yield "model.norm.weight", (hidden,)
+
+
+def _layer_tensors(config: ModelConfig, layer: int, is_moe: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, module = config.hidden_size, f"model.layers.{layer}"
+    yield f"{module}.input_layernorm.weight", (hidden,)
+    yield f"{module}.post_attention_layernorm.weight", (hidden,)
+    yield f"{module}.self_attn.kv_a_layernorm.weight", (config.kv_lora_rank,)
+    if config.q_lora_rank is not None:
+        yield f"{module}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
+    if config.attention_bias:
+        yield f"{module}.self_attn.kv_a_proj_with_mqa.bias", (config.latent_width,)
+        yield f"{module}.self_attn.o_proj.bias", (hidden,)
+        if config.q_lora_rank is not None:
+            yield f"{module}.self_attn.q_a_proj.bias", (config.q_lora_rank,)
+    if is_moe:
+        yield f"{module}.mlp.gate.weight", (config.n_routed_experts, hidden)
+        if config.topk_method == "noaux_tc":
+            yield f"{module}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
+
+
+def _check_mtp(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[str]:
+    """Check the MTP layer, which is there; yields its tensors' names. Its embedding and head may be left out."""
+    hidden, module = config.hidden_size, mtp_module(config)
+    layer, is_moe = config.num_hidden_layers, f"{mtp_module(config)}.mlp.gate.weight" in checkpoint
+    plain: dict[str, tuple[int, ...]] = {
+        f"{module}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")
+    }
+    plain |= dict(_layer_tensors(config, layer, is_moe))
+    if f"{module}.embed_tokens.weight" in checkpoint:
+        plain[f"{module}.embed_tokens.weight"] = (config.vocab_size, hidden)
+    for name, plain_shape in plain.items():
+        _check_float(checkpoint, name, plain_shape)
+        yield name
+    modules = dict(_layer_modules(config, layer, is_moe)) | {f"{module}.eh_proj": (hidden, 2 * hidden)}
+    head = f"{module}.shared_head.head"
+    if any(name.startswith(f"{head}.weight") for name in checkpoint.tensors):
+        modules[head] = (config.vocab_size, hidden)
+    for name, shape in modules.items():
+        yield from _check_module(checkpoint, name, shape)
 
 
 def _check_module(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> Iterator[str]:

@@ -33,6 +33,11 @@ class ThinkingSplitter:
         """The splitter for an answer to the rendered `prompt`."""
         return cls(started=prompt.rstrip().endswith(_OPEN))
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what came last is thinking."""
+        return self._state == "thinking"
+
     def push(self, text: str) -> list[Segment]:
         """What is now certain. A tag that may still be spelled out is held back."""
         self._held += text

@@ -2,7 +2,7 @@
 
 Run as a program it takes localmoe's own arguments. FAKE_ANSWER is what every answer says, FAKE_DELAY the seconds
 before each token, FAKE_TEMPLATE what the chat template does: "plain", "think" (ends in <think>), "switch", "none".
-FAKE_TTY makes stdin its controlling terminal.
+FAKE_GUESSES makes it speak of guessed tokens, FAKE_TTY makes stdin its controlling terminal.
 """
 
 from __future__ import annotations
@@ -18,12 +18,23 @@ from localmoe.errors import ContextOverflowError
 
 
 @dataclass(frozen=True)
+class FakeSpeculation:
+    drafter: str = "mtp"
+    passes: int = 9
+    drafted_tokens: int = 8
+    accepted_tokens: int = 6
+    drafts: int = 1
+    acceptance_rate: float | None = 0.75
+
+
+@dataclass(frozen=True)
 class FakeStats:
     prompt_tokens: int
     completion_tokens: int
     prefill_seconds: float = 0.25
     decode_seconds: float = 0.5
     reused_tokens: int = 0
+    speculation: FakeSpeculation | None = None
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -37,6 +48,7 @@ class FakeStep:
     logprob: float = -0.5
     finish_reason: str | None = None
     stats: FakeStats | None = None
+    top: tuple = ()
 
 
 class FakeTemplate:
@@ -61,6 +73,7 @@ class FakeEngine:
     kernels: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(tier="fake"))
     generation_defaults: dict = field(default_factory=dict)
     calls: list[dict] = field(default_factory=list)
+    speculation: FakeSpeculation | None = None
     closed: bool = False
 
     def __enter__(self):
@@ -91,9 +104,13 @@ class FakeEngine:
         for number, piece in enumerate(pieces[:limit], start=1):
             time.sleep(self.delay)
             if number == len(pieces):
-                yield FakeStep(number, piece, finish_reason="stop", stats=FakeStats(used, number))
+                yield FakeStep(
+                    number, piece, finish_reason="stop", stats=FakeStats(used, number, speculation=self.speculation)
+                )
             elif number == limit:
-                yield FakeStep(number, piece, finish_reason="length", stats=FakeStats(used, number))
+                yield FakeStep(
+                    number, piece, finish_reason="length", stats=FakeStats(used, number, speculation=self.speculation)
+                )
             else:
                 yield FakeStep(number, piece)
 
@@ -104,6 +121,7 @@ def from_environment() -> FakeEngine:
         delay=float(os.environ.get("FAKE_DELAY", "0")),
         template=os.environ.get("FAKE_TEMPLATE", "plain"),
         max_context=int(os.environ.get("FAKE_CONTEXT", "64")),
+        speculation=FakeSpeculation() if "FAKE_GUESSES" in os.environ else None,
     )
 
 

@@ -132,6 +132,20 @@ def test_a_conversation(sit_down, home):
     assert history.stat().st_mode & 0o077 == 0
 
 
+def test_stats_say_what_guessing_did_and_set_knows_the_penalties(sit_down):
+    typist = sit_down(FAKE_GUESSES="1")
+    typist.say("Tell me a story")
+    typist.expect("context 8/64")
+    typist.say("/stats")
+    typist.expect("guesses   mtp: 6 of 8 guesses right (75%), 1 at a time")
+    typist.say("/set frequency-penalty 0.5")
+    typist.expect("frequency_penalty 0.5")
+    typist.say("/set width 3")
+    typist.expect(
+        "there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty and seed"
+    )
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(sit_down):
     typist = sit_down(FAKE_ANSWER="one two three " + "more " * 50, FAKE_DELAY="0.1")
     typist.say("Count")
@@ -188,6 +202,12 @@ def test_thinking_is_dim_and_control_characters_are_gone(sit_down):
     typist = sit_down(FAKE_TEMPLATE="think", FAKE_ANSWER="hm\x07 </think>\n\nred \x1b[31m \u202ealert")
     typist.say("Go")
     typist.expect("tokens/s")
+    assert "thought 0 s · 2 tokens" in typist.seen
+    typist.say("/think")
+    typist.expect("hm")
+    typist.say("/think show")
+    typist.say("Go")
+    typist.expect("thought 0 s")
     assert "\x1b[2mhm\x1b[0m" in typist.raw
     assert "red [31m alert" in typist.seen
     assert "\x1b[31m" not in typist.raw
@@ -209,6 +229,53 @@ def test_alt_enter_and_paste_keep_lines(sit_down):
     typist.expect("context 6/64")
     typist.say("\x1b[200~three\nfour\x1b[201~")
     typist.expect("context 12/64")
+
+
+def test_commands_of_a_conversation(sit_down, tmp_path, home):
+    (tmp_path / "a file.txt").write_text("one two\nthree\n")
+    typist = sit_down(FAKE_ANSWER="It is **bold**.")
+    typist.say("/undo")
+    typist.expect("nothing to take back")
+    typist.say("Hello")
+    typist.expect("It is bold.")
+    assert "\x1b[1mbold\x1b[0m" in typist.raw
+    typist.say("/undo")
+    typist.expect("0 turns are left")
+    typist.say(f"/file {tmp_path}/a file.txt")
+    typist.expect("goes with the next question (2 lines)")
+    typist.say("What is it?")
+    typist.expect("context 13/64")  # 3 words, the file's name of 2, two fences and 3 words, 3 answered
+    typist.say("/save talk")
+    typist.expect("saved to")
+    typist.say("/reset")
+    typist.say("/load talk")
+    typist.expect("1 turns; the conversation goes on")
+    saved = home / "chats" / "talk.json"
+    assert "What is it?" in saved.read_text()
+    assert saved.stat().st_mode & 0o077 == 0
+    typist.say(f"/export {tmp_path}/talk.md")
+    typist.expect("written to")
+    assert "## Answer\n\nIt is **bold**.\n" in (tmp_path / "talk.md").read_text()
+    typist.say(f"/export {tmp_path}/talk.md")
+    typist.expect("is there already")
+    typist.say("/copy")
+    typist.expect("copied")
+    assert "\x1b]52;c;SXQgaXMgKipib2xkKiou\x07" in typist.raw
+    typist.say("/set temp 0.7")
+    typist.expect("temperature 0.7")
+    typist.say("/set temp hot")
+    typist.expect("'hot' is not a number")
+    typist.say("/think off")
+    typist.expect("no switch for thinking")
+    typist.say("/edit")
+    typist.expect("What is it?")
+    typist.type("\x15\x03")
+    typist.say("/load nothing")
+    typist.expect("cannot be read")
+    typist.say("/etc/passwd is what?")  # a path is no command
+    typist.expect("It is bold.")
+    typist.say("/exit")
+    assert typist.wait() == 0
 
 
 def test_a_model_that_cannot_chat_says_so_at_once(sit_down):

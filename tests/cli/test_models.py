@@ -64,8 +64,7 @@ def test_quantize_says_what_it_did_and_what_to_type_next(invoke, empty_home):
         (["demo:compact", "--recipe", "nf4"], "contradicts"),
         (["demo", "--group-size", "48"], "--group-size"),
         (["demo", "--grid", "fine"], "--grid"),
-        (["demo", "--method", "gptq"], "--method: 'gptq' is not one of rtn"),
-        (["demo", "--calibrate", "x"], "No such option: --calibrate"),
+        (["demo", "--method", "awq"], "--method: 'awq' is not one of rtn, gptq, auto"),
     ],
 )
 def test_quantize_refuses_what_it_does_not_know(invoke, arguments, message):
@@ -73,6 +72,13 @@ def test_quantize_refuses_what_it_does_not_know(invoke, arguments, message):
     assert outcome.status == 2
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_quantize_names_a_calibration_text_that_is_not_there(invoke, tmp_path):
+    outcome = invoke("quantize", "demo", "-o", str(tmp_path / "output"), "--calibrate", "/nowhere/text.txt")
+    assert outcome.status == 1
+    assert "/nowhere/text.txt: cannot be read" in outcome.err
+    assert not (tmp_path / "output").exists()
 
 
 def test_quantize_of_what_is_not_here_names_pull(invoke):
@@ -85,7 +91,9 @@ def test_show_an_artifact(invoke, quantized):
     record = invoke("show", str(quantized), "--json").json
     assert record["kind"] == "artifact"
     assert (record["recipe"], record["group_size"]) == ("balanced", 64)
-    assert record["sampling"] == {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0.0}
+    off = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert record["sampling"] == {"temperature": 0.8, "top_p": 0.95} | off
+    assert record["calibration"] is None
     assert record["config"]["model_type"] == "deepseek_v3"
     parts = {(error["part"], error["scheme"]): error for error in record["errors"]}
     experts = parts["routed experts", "int4-g64"]

@@ -164,3 +164,17 @@ def test_debug_shows_the_traceback(program):
     assert outcome.returncode == 1
     assert "Traceback" in outcome.stderr
     assert outcome.stderr.splitlines()[-1] == "localmoe: /nowhere is not a directory"
+
+
+def test_thinking_to_a_file(program, tmp_path):
+    program.environment |= {"FAKE_TEMPLATE": "think", "FAKE_ANSWER": "let me see</think>\n\nyes"}
+    path = tmp_path / "thoughts.txt"
+    path.write_text("something older and longer than what is to come")
+    outcome = program.run("run", "demo", "Hi", "--think-to", str(path), text=True, stdin=subprocess.DEVNULL)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "yes\n", "")
+    assert path.read_text() == "let me see\n"
+    outcome = program.run("run", "demo", "Hi", "--think-to", "/nowhere/x", text=True, stdin=subprocess.DEVNULL)
+    assert (outcome.returncode, outcome.stdout) == (1, "")
+    assert outcome.stderr == "localmoe: --think-to: /nowhere/x: cannot be written: No such file or directory\n"
+    full = program.run("run", "demo", "Hi", "--think-to", "/dev/full", text=True, stdin=subprocess.DEVNULL)
+    assert (full.returncode, full.stdout, full.stderr.count("\n")) == (1, "yes\n", 1)

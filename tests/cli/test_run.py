@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from localmoe import store
 from localmoe.cli import quantize as quantize_command
+
+FakeSpeculation = sys.modules["fake_localmoe"].FakeSpeculation  # conftest.py puts it there
 
 
 def question(engine) -> str:
@@ -67,6 +71,13 @@ def test_files_are_named_in_the_prompt(invoke, engine, tmp_path: Path):
         (["Hi", "--top-p", "0"], b"", (), 2, "--top-p"),
         (["Hi", "--top-k", "-1"], b"", (), 2, "--top-k"),
         (["Hi", "--min-p", "2"], b"", (), 2, "--min-p"),
+        (["Hi", "--repetition-penalty", "0"], b"", (), 2, "--repetition-penalty"),
+        (["Hi", "--presence-penalty", "101"], b"", (), 2, "--presence-penalty"),
+        (["Hi", "--frequency-penalty", "nan"], b"", (), 2, "--frequency-penalty"),
+        (["Hi", "--logit-bias", "fox=1"], b"", (), 2, "--logit-bias: 'fox=1' is not ID=B"),
+        (["Hi", "--logit-bias", "5=inf"], b"", (), 2, "--logit-bias"),
+        (["Hi", "--mtp", "8"], b"", (), 2, "--mtp: '8' is neither auto nor a number from 0 to 7"),
+        (["Hi", "--logprobs", "2"], b"", (), 2, "add --json"),
         (["Hi", "-n", "0"], b"", (), 2, "-n"),
         (["Hi", "-n", "many"], b"", (), 2, "valid integer"),
         (["Hi", "--device", "tpu"], b"", (), 2, "--device: 'tpu' is not one of auto, cpu, cuda"),
@@ -92,7 +103,8 @@ def test_every_flag_reaches_the_engine(invoke, engine):
         *("run", "demo", "Hi", "-n", "3", "--temp", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.05"),
         *("--seed", "7", "--stop", "END", "--stop", "FIN", "--system", "Be brief", "--device", "cpu"),
         *("--kernels", "portable", "--threads", "2", "--vram", "1.5GiB", "--ram", "2GB", "--ctx", "32"),
-        "--deterministic",
+        *("--repetition-penalty", "1.1", "--presence-penalty", "0.5", "--frequency-penalty", "-0.25"),
+        *("--logit-bias", "5=2.5", "--logit-bias", "7=-inf", "--mtp", "auto", "--deterministic"),
     )
     assert outcome.out == "Once upon a\n"
     call = engine.calls[0]
@@ -103,12 +115,18 @@ def test_every_flag_reaches_the_engine(invoke, engine):
         "top_p": 0.9,
         "top_k": 40,
         "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.25,
+        "logit_bias": {5: 2.5, 7: float("-inf")},
+        "top_logprobs": 0,
         "seed": 7,
         "stop": ("END", "FIN"),
         "thinking": None,
         "reuse_prefix": False,
     }
     machine = engine.machine
+    assert machine.mtp is None
     assert (machine.device, machine.kernels, machine.threads, machine.context) == ("cpu", "portable", 2, 32)
     assert (machine.vram, machine.ram) == (3 * 2**29, 2 * 10**9)
 
@@ -145,7 +163,24 @@ def test_json(invoke, engine):
         "prefill_seconds": 0.25,
         "decode_seconds": 0.5,
         "decode_tokens_per_second": 6.0,
+        "speculation": None,
     }
+
+
+def test_what_guessing_did_is_said(invoke, engine):
+    engine.speculation = FakeSpeculation()
+    assert invoke("run", "demo", "Hi", "--mtp", "1", "--json").json["speculation"] == {
+        "drafter": "mtp",
+        "drafts": 1,
+        "passes": 9,
+        "drafted_tokens": 8,
+        "accepted_tokens": 6,
+        "acceptance_rate": 0.75,
+    }
+    assert "mtp: 6 of 8 guesses right (75%), 1 at a time" in invoke("run", "demo", "Hi", terminals=("stderr",)).err
+    engine.speculation = FakeSpeculation("lookup", drafted_tokens=0, accepted_tokens=0, acceptance_rate=None)
+    assert invoke("run", "demo", "Hi", "--json").json["speculation"]["acceptance_rate"] is None
+    assert "lookup: nothing guessed" in invoke("run", "demo", "Hi", terminals=("stderr",)).err
 
 
 @pytest.mark.parametrize(
@@ -240,3 +275,11 @@ def test_a_source_that_is_here_is_quantized_first(invoke, engine, home, monkeypa
 def test_source_runs_as_it_is(invoke, engine):
     assert invoke("run", "demo:source", "Hi", "--json").json["model"] == "demo:source"
     assert engine.path == store.find_source("demo")
+
+
+def test_logprobs_are_a_part_of_the_object(invoke, engine):
+    engine.tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    found = invoke("run", "demo", "Hi", "--json", "--logprobs", "3").json
+    assert engine.calls[0]["top_logprobs"] == 3
+    assert found["logprobs"][0] == {"id": 1, "text": "<1>", "logprob": -0.5, "top": []}
+    assert len(found["logprobs"]) == found["completion_tokens"]

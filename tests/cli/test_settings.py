@@ -19,11 +19,12 @@ def write_config(text: str) -> Path:
 
 
 def test_greedy_when_nobody_says_anything():
-    assert settings.sampling({}, "no-such-model", {}) == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert settings.sampling({}, "no-such-model", {}) == settings.GREEDY
+    assert settings.GREEDY["temperature"] == 0
 
 
 def test_flag_before_user_config_before_models_toml_before_the_checkpoint(monkeypatch):
-    checkpoint = {"temperature": 0.1, "top_p": 0.1, "top_k": 1, "min_p": 0.1}
+    checkpoint = {"temperature": 0.1, "top_p": 0.1, "top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1}
     monkeypatch.setattr(settings, "advised", lambda name: {"temperature": 0.2, "top_p": 0.2, "top_k": 2})
     write_config("[sampling]\ntemperature = 0.3\ntop_p = 0.3\n")
     assert settings.sampling({"temperature": 0.4}, "x", checkpoint) == {
@@ -31,6 +32,9 @@ def test_flag_before_user_config_before_models_toml_before_the_checkpoint(monkey
         "top_p": 0.3,
         "top_k": 2,
         "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
 
 

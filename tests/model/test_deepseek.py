@@ -89,14 +89,22 @@ def test_truncate_then_continue_equals_a_fresh_run(transformers_model: Callable[
     opened = transformers_model(seed=1)
     model, cache = opened.ours(), opened.cache()
     common, wrong, right = tokens(40, seed=1), tokens(30, seed=2), tokens(25, seed=3)
-    model.forward(torch.cat((common, wrong)), cache)
+    model.forward(common, cache)
+    model.forward(wrong, cache)
     cache.truncate(40)
     resumed = model.forward(right, cache)
     fresh_cache = opened.cache()
     model.forward(common, fresh_cache)
-    assert torch.equal(resumed, model.forward(right, fresh_cache))
+    fresh = model.forward(right, fresh_cache)
+    assert torch.equal(resumed, fresh)
+    # Passes of other lengths: BLAS may add the same products in another order, on some machines
+    cache.truncate(0)
+    model.forward(torch.cat((common, wrong)), cache)
+    cache.truncate(40)
+    inside = model.forward(right, cache)
     whole = model.forward(torch.cat((common, right)), opened.cache())[40:]
-    assert float((resumed - whole).abs().max() / whole.abs().max()) < 1e-5
+    for other in (inside, whole):
+        assert float((resumed - other).abs().max() / other.abs().max()) < 1e-5
 
 
 def test_last_only_is_the_last_row(transformers_model: Callable[..., Any]) -> None:

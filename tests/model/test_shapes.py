@@ -106,7 +106,7 @@ def test_packed_tensors_are_checked(demo: Checkpoint) -> None:
     tensors = {
         name: replace(info, dtype=torch.bfloat16) if info.dtype == torch.float8_e4m3fn else info
         for name, info in tensors.items()
-        if ".experts." not in name
+        if ".experts." not in name and not name.startswith("model.layers.6.")  # without the MTP layer
     }
     for module, shape in expected_modules(config).items():
         if ".experts." in module:
@@ -123,3 +123,12 @@ def test_packed_tensors_are_checked(demo: Checkpoint) -> None:
 def test_what_transformers_saves_passes(transformers_model: Callable[..., Any]) -> None:
     opened = transformers_model(attention_bias=True, tie_word_embeddings=True)
     check_checkpoint(opened.config, opened.checkpoint)
+
+
+def test_an_mtp_layer_is_whole_or_not_there(demo: Checkpoint) -> None:
+    config = ModelConfig.from_dict(demo.config)
+    for name in ("model.layers.6.hnorm.weight", "model.layers.6.mlp.experts.3.up_proj.weight"):
+        with pytest.raises(CheckpointError, match=rf"{name} .* is missing"):
+            check_checkpoint(config, without(demo, name))
+    for name in ("model.layers.6.embed_tokens.weight", "model.layers.6.shared_head.head.weight"):
+        check_checkpoint(config, without(demo, name))  # the main model's are used

@@ -1,0 +1,93 @@
+"""The multi-token-prediction layer: from the model's state at a token and the next token, the one after that.
+
+DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.2, with what the published weights want and the figure there
+does not show: the state is the main model's *after* its final norm, `eh_proj` takes the embedding first, and a chained
+guess reads this layer's state after `shared_head.norm`. The embedding and the head are the main model's, unless the
+checkpoint still holds its copies of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from localmoe.kernels.dispatch import Kernels
+from localmoe.model.config import ModelConfig
+from localmoe.model.deepseek import Block, Model
+from localmoe.model.kv_cache import LatentCache
+from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows
+from localmoe.model.moe import Experts
+
+
+def mtp_module(config: ModelConfig) -> str:
+    """Where a checkpoint keeps its first MTP layer."""
+    return f"model.layers.{config.num_hidden_layers}"
+
+
+def has_mtp(config: ModelConfig, source: WeightSource) -> bool:
+    """Whether the checkpoint has an MTP layer; converted ones often lost it, whatever their config says."""
+    return any(name in source for name in _stored(f"{mtp_module(config)}.eh_proj"))
+
+
+class MtpLayer:
+    """The first MTP layer of a checkpoint, which must have one.
+
+    Its cache has one layer, `cache(capacity)`. Row i there is of the state at token i and of token i + 1, so it holds
+    one token less than the main model's at most.
+    """
+
+    def __init__(self, model: Model, source: WeightSource, kernels: Kernels, experts: Callable[[int], Experts]) -> None:
+        config, module = model.config, mtp_module(model.config)
+        self._model = model
+        self._kernels = kernels
+        self._embedding_norm = RMSNorm(source, f"{module}.enorm", config.rms_norm_eps)
+        self._state_norm = RMSNorm(source, f"{module}.hnorm", config.rms_norm_eps)
+        self._projection = Linear(source, f"{module}.eh_proj", kernels)
+        self._block = Block(config, source, config.num_hidden_layers, kernels, experts)
+        self._norm = RMSNorm(source, f"{module}.shared_head.norm", config.rms_norm_eps)
+        self._embedding: Tensor | None = None
+        if f"{module}.embed_tokens.weight" in source:
+            self._embedding = source.tensor(f"{module}.embed_tokens.weight")  # [V, H], as stored
+        self._head: Linear | None = None
+        if any(name in source for name in _stored(f"{module}.shared_head.head")):
+            self._head = Linear(source, f"{module}.shared_head.head", kernels)
+
+    def cache(self, capacity: int, dtype: torch.dtype) -> LatentCache:
+        """An empty latent cache for this layer alone."""
+        return LatentCache(self._model.config, capacity, dtype, layers=(self._model.config.num_hidden_layers,))
+
+    def remember(self, states: Tensor, next_ids: Tensor, cache: LatentCache) -> None:
+        """Append the latents of `states` [T, H] with the tokens that came next, int64 [T].
+
+        Only what later tokens attend to is computed: no attention, no experts.
+        """
+        self._kernels.share_cores(len(states))
+        positions = self._model.positions(cache.length, len(states))
+        self._block.remember(self._inputs(states, next_ids), positions, cache)
+        cache.advance(len(states))
+
+    def step(self, state: Tensor, next_id: int, cache: LatentCache) -> Tensor:
+        """Append one token and return the layer's own state there, [1, H] -> [1, H]: for `logits`, and for a chained
+        guess in place of the main model's state."""
+        self._kernels.share_cores(1)
+        positions = self._model.positions(cache.length, 1)
+        x = self._block(self._inputs(state, torch.tensor([next_id])), positions, cache)
+        cache.advance(1)
+        return self._norm(x)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Float32 logits [1, V] of the token after the next, from what `step` returned."""
+        return self._model.logits(state) if self._head is None else self._head(state)
+
+    def _inputs(self, states: Tensor, next_ids: Tensor) -> Tensor:
+        """[T, H] and the following tokens [T] -> the block's input [T, H]."""
+        own = self._embedding
+        embedded = self._model.embed(next_ids) if own is None else embedding_rows(own, next_ids)
+        return self._projection(torch.cat((self._embedding_norm(embedded), self._state_norm(states)), dim=1))
+
+
+def _stored(module: str) -> tuple[str, ...]:
+    """Names that a matrix may be stored under."""
+    return tuple(f"{module}.{ending}" for ending in ("weight", "weight_packed", "weight_nf4"))

@@ -1,0 +1,69 @@
+"""GPTQ: round a matrix column by column, and let the columns to come make up for what each rounding cost.
+
+Minimises ||X (W - W')^T||^2 over the calibration inputs X through H = X^T X alone. After column i is rounded, the
+error e divided by U[i, i] is taken from the later columns along U[i, i+1:], U being the upper Cholesky factor of H's
+inverse (Frantar et al., https://arxiv.org/abs/2210.17323, algorithm 1). Columns keep their order (no act-order), so the
+result is an ordinary grouped matrix. A group's scale is searched when its first column is reached, on the weights as
+they have become by then, each column weighted by 1 / U[i, i]^2: what an error there costs after compensation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from localmoe.formats import int4, int8
+from localmoe.formats.scheme import Scheme
+from quantize.quantizers import group_scales
+
+DAMPING = 0.01
+"""Share of the diagonal's mean that is added to the diagonal, as in GPTQ's own code."""
+
+_BLOCK_GROUPS = 4  # groups whose compensation reaches the rest of the matrix in one product
+
+
+def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """(int8 q [O, I], bf16 scale [O, I/g]) of float32 `weight` [O, I] with `hessian` = X^T X, float32 [I, I].
+
+    A column that no input reached is rounded like any other and compensates nothing. Raises
+    torch.linalg.LinAlgError for a Hessian that damping does not make positive definite.
+    """
+    form = int4 if scheme.kind == "int4" else int8
+    group, width = scheme.group_size, weight.shape[1]
+    factor = inverse_factor(hessian, damping)  # U [I, I]
+    importance = factor.diagonal().square().reciprocal()  # [I]
+    left = weight.clone()  # becomes what is left to round
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(weight.shape[0], width // group, dtype=torch.bfloat16)
+    step = group * _BLOCK_GROUPS
+    for start in range(0, width, step):
+        stop = min(width, start + step)
+        block = left[:, start:stop].t().contiguous()  # [b, O]: a column is contiguous
+        errors = torch.empty_like(block)
+        near = factor[start:stop, start:stop]
+        for index in range(stop - start):
+            column = start + index
+            if index % group == 0:
+                part = block[index : index + group].t().contiguous()  # [O, g]
+                found = group_scales(part, scheme, "mse", importance[column : column + group])[0]  # [O, 1]
+                scale[:, column // group] = found[:, 0]
+                step_size = found[:, 0].float()  # [O]
+                divisor = torch.where(step_size == 0, torch.inf, step_size)
+            rounded = (block[index] / divisor).round_().clamp_(form.LOWEST, form.HIGHEST)
+            q[:, column] = rounded.to(torch.int8)
+            errors[index] = (block[index] - rounded * step_size) / near[index, index]
+            # Only the rest of the block now; what lies beyond gets all of the block's errors in one product
+            block[index + 1 :].addr_(near[index, index + 1 :], errors[index], alpha=-1)
+        left[:, stop:].addmm_(errors.t(), factor[start:stop, stop:], alpha=-1)
+    return q, scale
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with U^T U = (H + damping * mean(diag H))^-1, float32 [I, I]; computed in float64."""
+    damped = hessian.double()
+    diagonal = damped.diagonal()
+    mean = diagonal.mean()
+    diagonal += damping * mean if mean > 0 else 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
