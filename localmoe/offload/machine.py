@@ -13,6 +13,19 @@ Origin = Literal["measured", "cached", "assumed"]
 
 GIB = 1 << 30
 
+FORMS = ("int4", "int8", "nf4", "bf16")
+"""How matrices are stored, for which there are kernels with a speed of their own."""
+CPU_FIGURES = {
+    "read": "bytes/s",
+    "cached": "bytes/s",
+    **{f"weights.{form}": "bytes/s" for form in FORMS},
+    **{f"many.{form}": "multiply-adds/s" for form in FORMS},
+    "latents": "multiply-adds/s",
+    "attention": "multiply-adds/s",
+    "layer": "s",
+}
+"""The figures of a CPU by name, with their units."""
+
 # A desktop without a measurement: dual-channel DDR5-5600 reads about 60 of its 90 GB/s, DDR4-3200 40 of 51.
 _READ = 45e9
 _KERNEL_SHARE = 0.85  # of plain reads, by the matrix-vector kernels; measured 0.81 to 0.97 (docs/benchmarks.md)
@@ -67,6 +80,13 @@ class CpuSpeed:
         found = self.weights.get(form)
         return found.value if found else self.read.value * _KERNEL_SHARE
 
+    def figures(self) -> dict[str, Figure]:
+        """Every figure, by the names of CPU_FIGURES."""
+        weights = {f"weights.{form}": figure for form, figure in self.weights.items()}
+        many = {f"many.{form}": figure for form, figure in self.many.items()}
+        others = {name: getattr(self, name) for name in ("read", "cached", "latents", "attention", "layer")}
+        return {"read": others.pop("read"), **weights, **many, **others}
+
     def many_rate(self, form: str) -> float:
         """Multiply-adds/s with many tokens of a form, measured or not."""
         found = self.many.get(form)
@@ -97,29 +117,51 @@ class Machine:
     gpu: GpuSpeed | None = None
     notes: tuple[str, ...] = field(default=())
 
+    def figures(self) -> dict[str, tuple[Figure, str]]:
+        """Every figure with its unit: the CPU's names, `disk`, and the card's as `gpu.read`."""
+        found = {name: (figure, CPU_FIGURES[name]) for name, figure in self.cpu.figures().items()}
+        found["disk"] = (self.disk, "bytes/s")
+        if self.gpu is not None:
+            units = {"read": "bytes/s", "macs": "multiply-adds/s", "pcie": "bytes/s", "layer": "s", "handoff": "s"}
+            found |= {f"gpu.{name}": (getattr(self.gpu, name), unit) for name, unit in units.items()}
+        return found
+
     def with_gpu(self, gpu: GpuSpeed | None) -> Machine:
         """The same machine with this card."""
         return replace(self, gpu=gpu)
 
 
-def assumed_cpu(threads: int, cache_bytes: int = 0) -> CpuSpeed:
-    """A desktop CPU that nobody measured."""
+def cpu_speed(
+    threads: int, cache_bytes: int = 0, known: Mapping[str, Figure] | None = None, tier: str = ""
+) -> CpuSpeed:
+    """A CPU from the figures that are known, by the names of `CPU_FIGURES`; assumptions for the others."""
+    known = known or {}
 
-    def figure(value: float, note: str = "") -> Figure:
-        return Figure(value, "assumed", note)
+    def figure(name: str, value: float, note: str = "") -> Figure:
+        return known.get(name) or Figure(value, "assumed", note)
 
+    read = figure("read", _READ, "dual-channel DDR4 or DDR5")
+    share = f"{_KERNEL_SHARE:.0%} of plain reads"
     return CpuSpeed(
         threads=threads,
-        read=figure(_READ, "dual-channel DDR4 or DDR5"),
-        weights={form: figure(_READ * _KERNEL_SHARE) for form in ("int4", "int8", "nf4", "bf16")},
-        cached=figure(_READ * _CACHE_OVER_MEMORY),
-        many={form: figure(_MACS_A_CORE * threads) for form in ("int4", "int8", "nf4")}
-        | {"bf16": figure(_TORCH_MACS_A_CORE * threads)},
-        latents=figure(_LATENT_MACS_A_CORE * threads),
-        attention=figure(_TORCH_MACS_A_CORE * threads),
-        layer=figure(_CPU_LAYER),
+        read=read,
+        weights={form: figure(f"weights.{form}", read.value * _KERNEL_SHARE, share) for form in FORMS},
+        cached=figure("cached", read.value * _CACHE_OVER_MEMORY, f"{_CACHE_OVER_MEMORY:.0f} times plain reads"),
+        many={
+            form: figure(f"many.{form}", (_TORCH_MACS_A_CORE if form == "bf16" else _MACS_A_CORE) * threads)
+            for form in FORMS
+        },
+        latents=figure("latents", _LATENT_MACS_A_CORE * threads),
+        attention=figure("attention", _TORCH_MACS_A_CORE * threads),
+        layer=figure("layer", _CPU_LAYER),
         cache_bytes=cache_bytes,
+        tier=tier,
     )
+
+
+def assumed_cpu(threads: int, cache_bytes: int = 0) -> CpuSpeed:
+    """A desktop CPU that nobody measured."""
+    return cpu_speed(threads, cache_bytes)
 
 
 def assumed_disk() -> Figure:

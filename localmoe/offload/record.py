@@ -1,0 +1,99 @@
+"""Doctor's measurements on the disk, so that `plan` need not measure: $LOCALMOE_HOME/doctor.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from localmoe.errors import StorageError
+from localmoe.offload.machine import CPU_FIGURES, Figure
+
+FORMAT = 1
+NAME = "doctor.json"
+_NAMES = (*CPU_FIGURES, "disk")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Figures by name, and what they were measured on: another CPU's, or other threads', are of no use."""
+
+    cpu: str
+    threads: int
+    tier: str
+    measured: str
+    """The day, as 2026-01-31."""
+    figures: Mapping[str, Figure]
+
+    @classmethod
+    def today(cls, cpu: str, threads: int, tier: str, figures: Mapping[str, Figure]) -> Record:
+        """What was just measured."""
+        return cls(cpu, threads, tier, date.today().isoformat(), figures)
+
+
+def save(home: Path, record: Record) -> Path:
+    """Write the record whole or not at all. Raises StorageError."""
+    path = home / NAME
+    content = {
+        "format": FORMAT,
+        "cpu": record.cpu,
+        "threads": record.threads,
+        "tier": record.tier,
+        "measured": record.measured,
+        "figures": {name: {"value": figure.value, "note": figure.note} for name, figure in record.figures.items()},
+    }
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=home, prefix=f".{NAME}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1, sort_keys=True)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def read(home: Path) -> tuple[Record | None, str]:
+    """(the record or None, why there is none): never raises, since a plan can do with assumptions."""
+    path = home / NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None, "nothing is measured yet"
+    except OSError as error:
+        return None, f"{path} cannot be read ({error.strerror or error})"
+    except (ValueError, RecursionError):
+        return None, f"{path} is damaged"
+    if isinstance(content, dict) and content.get("format") != FORMAT:
+        return None, f"{path} is of another version of localmoe"
+    record = _record(content)
+    return (record, "") if record is not None else (None, f"{path} is damaged")
+
+
+def _record(content: Any) -> Record | None:
+    if not isinstance(content, dict) or not isinstance(content.get("figures"), dict):
+        return None
+    cpu, threads, tier, day = (content.get(key) for key in ("cpu", "threads", "tier", "measured"))
+    if not (isinstance(cpu, str) and isinstance(tier, str) and isinstance(day, str) and type(threads) is int):
+        return None
+    figures = {}
+    for name, entry in content["figures"].items():
+        value, note = (entry.get("value"), entry.get("note")) if isinstance(entry, dict) else (None, None)
+        if type(value) not in (int, float) or not (0 < value < math.inf) or not isinstance(note, str):
+            return None
+        if name in _NAMES:
+            figures[name] = Figure(float(value), "cached", note)
+    return Record(cpu, threads, tier, day, figures)
