@@ -25,6 +25,16 @@ CPU_FIGURES = {
     "layer": "s",
 }
 """The figures of a CPU by name, with their units."""
+FIGURE_UNITS = {
+    **CPU_FIGURES,
+    "disk": "bytes/s",
+    "gpu.read": "bytes/s",
+    "gpu.macs": "multiply-adds/s",
+    "gpu.pcie": "bytes/s",
+    "gpu.layer": "s",
+    "gpu.handoff": "s",
+}
+"""Every figure of a machine."""
 
 # A desktop without a measurement: dual-channel DDR5-5600 reads about 60 of its 90 GB/s, DDR4-3200 40 of 51.
 _READ = 45e9
@@ -117,13 +127,12 @@ class Machine:
     gpu: GpuSpeed | None = None
     notes: tuple[str, ...] = field(default=())
 
-    def figures(self) -> dict[str, tuple[Figure, str]]:
-        """Every figure with its unit: the CPU's names, `disk`, and the card's as `gpu.read`."""
-        found = {name: (figure, CPU_FIGURES[name]) for name, figure in self.cpu.figures().items()}
-        found["disk"] = (self.disk, "bytes/s")
+    def figures(self) -> dict[str, Figure]:
+        """Every figure, by the names of FIGURE_UNITS."""
+        found = {**self.cpu.figures(), "disk": self.disk}
         if self.gpu is not None:
-            units = {"read": "bytes/s", "macs": "multiply-adds/s", "pcie": "bytes/s", "layer": "s", "handoff": "s"}
-            found |= {f"gpu.{name}": (getattr(self.gpu, name), unit) for name, unit in units.items()}
+            names = (name for name in FIGURE_UNITS if name.startswith("gpu."))
+            found |= {name: getattr(self.gpu, name.removeprefix("gpu.")) for name in names}
         return found
 
     def with_gpu(self, gpu: GpuSpeed | None) -> Machine:

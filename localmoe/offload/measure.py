@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from torch import Tensor
 from localmoe.errors import StorageError
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight
 from localmoe.kernels.dispatch import Kernels
-from localmoe.offload.machine import FORMS, Figure
+from localmoe.offload.machine import Figure
 from localmoe.offload.probe import Attempts, Facts
 
+SECONDS = 6.0
+"""After so many, `measure` begins nothing more."""
 DISK_BYTES = 256 << 20
 _COLUMNS = 4096
 _MEMORY_BYTES = 192 << 20  # of one form's matrix, and four times the last-level cache where that is more
@@ -40,44 +42,57 @@ def measure(
     home: Path,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    seconds: float = SECONDS,
 ) -> tuple[dict[str, Figure], tuple[str, ...]]:
     """Figures by the names of `machine.CPU_FIGURES` and `disk`, and a line for each that could not be measured.
 
-    `home` is where the disk is measured. Sets torch's threads, which are the process's.
+    What matters most comes first; nothing is begun when `seconds` are over. `home` is where the disk is measured.
+    Sets torch's threads, which are the process's.
     """
     attempt = Attempts()
     figures: dict[str, Figure] = {}
-
-    def one(name: str, what: str, probe: Callable[[], Figure]) -> None:
+    late: list[str] = []
+    end = time.monotonic() + seconds
+    for name, what, probe in _probes(facts, home, threads, attempt):
+        if time.monotonic() > end:
+            late.append(what)
+            continue
         progress(f"measuring {what} ...")
         figure = attempt(what, probe, None)
         if figure is not None:
             figures[name] = figure
+    if late:
+        attempt.failed.append(f"no time left after {seconds:.0f} s for {', '.join(late)}")
+    return figures, tuple(attempt.failed)
 
+
+def _probes(
+    facts: Facts, home: Path, threads: int | None, attempt: Attempts
+) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
+    """(name, what it is, how to measure it), by weight in a plan."""
+    kernels = None
     if facts.available_bytes is not None and facts.available_bytes < _LEAST_MEMORY:
         attempt.failed.append(f"memory bandwidth: only {facts.available_bytes >> 20} MiB are available")
     else:
         kernels = attempt("kernels", lambda: Kernels.choose("auto", threads), None)
-        if kernels is not None:
-            _products(kernels, facts, one)
-    one("disk", "disk read bandwidth", lambda: disk(home))
-    return figures, tuple(attempt.failed)
-
-
-def _products(kernels: Kernels, facts: Facts, one: Callable[[str, str, Callable[[], Figure]], None]) -> None:
-    backend = kernels.backend
-    if backend is None:
+    if kernels is None or kernels.backend is None:
+        yield "disk", "disk read bandwidth", partial(disk, home)
         return
-    one("read", "memory read bandwidth", lambda: _measured(backend.read_bandwidth()))
     size = min(_MOST_BYTES, max(_MEMORY_BYTES, 4 * facts.cache_bytes))
-    for form in FORMS:
-        one(f"weights.{form}", f"one token's {form} products", partial(_one_token, kernels, form, size))
+    backend = kernels.backend
+    yield "read", "memory read bandwidth", lambda: _measured(backend.read_bandwidth())
+    for form in ("int4", "int8"):
+        yield f"weights.{form}", f"one token's {form} products", partial(_one_token, kernels, form, size)
+    yield "disk", "disk read bandwidth", partial(disk, home)
+    for form in ("int4", "int8"):
+        yield f"many.{form}", f"many tokens' {form} products", partial(_many_tokens, kernels, form)
+    yield "attention", "torch's products", partial(_torch, kernels)
+    for form in ("bf16", "nf4"):
+        yield f"weights.{form}", f"one token's {form} products", partial(_one_token, kernels, form, size)
+        yield f"many.{form}", f"many tokens' {form} products", partial(_many_tokens, kernels, form)
     if facts.cache_bytes:
         held = min(facts.cache_bytes // 2, _MANY_BYTES)
-        one("cached", "products from the cache", lambda: _one_token(kernels, "int4", held, passes=200))
-    for form in FORMS:
-        one(f"many.{form}", f"many tokens' {form} products", partial(_many_tokens, kernels, form))
-    one("attention", "torch's products", lambda: _torch(kernels))
+        yield "cached", "products from the cache", partial(_one_token, kernels, "int4", held, 200)
 
 
 def _one_token(kernels: Kernels, form: str, size: int, passes: int = 3) -> Figure:

@@ -62,7 +62,7 @@ class Card:
 @dataclass(frozen=True)
 class Facts:
     """Sizes in bytes; None and empty where the system does not tell. `memory_limit` and `cpu_limit` (processors) are
-    the control group's, `tiers` the kernel tiers that run here, the best last."""
+    the control group's, `tiers` the kernel tiers that run here, the best last, `load` the last minute's average."""
 
     cpu: str
     processors: int
@@ -75,6 +75,7 @@ class Facts:
     huge_pages: str | None
     memory_limit: int | None
     cpu_limit: float | None
+    load: float | None
     cards: tuple[Card, ...]
     failed: tuple[str, ...]
 
@@ -94,7 +95,7 @@ class Attempts:
             return default
 
 
-def look(places: Places | None = None, run: Run | None = None) -> Facts:
+def look(places: Places | None = None, run: Run | None = None, *, ask_cards: bool = True) -> Facts:
     """Ask the system, in a few milliseconds (nvidia-smi, where there is one, takes longer)."""
     places = places or Places()
     attempt = Attempts()
@@ -113,7 +114,8 @@ def look(places: Places | None = None, run: Run | None = None) -> Facts:
         huge_pages=attempt("transparent huge pages", lambda: _huge_pages(places.sys), None),
         memory_limit=attempt("memory limit", lambda: _memory_limit(places), None),
         cpu_limit=attempt("CPU limit", lambda: _cpu_limit(places), None),
-        cards=attempt("GPU", lambda: cards(run), ()),
+        load=attempt("load", lambda: os.getloadavg()[0], None),
+        cards=attempt("GPU", lambda: cards(run), ()) if ask_cards else (),
         failed=tuple(attempt.failed),
     )
 

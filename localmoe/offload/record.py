@@ -7,13 +7,16 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from localmoe.errors import StorageError
-from localmoe.offload.machine import CPU_FIGURES, Figure
+from localmoe.offload.machine import CPU_FIGURES, Figure, GpuSpeed, Machine, assumed_disk, assumed_gpu, cpu_speed
+from localmoe.offload.probe import Card, Facts
+
+_LINK_SHARE = 0.8  # of a PCIe link's data sheet arrives, by large copies from pinned memory
 
 FORMAT = 1
 NAME = "doctor.json"
@@ -97,3 +100,36 @@ def _record(content: Any) -> Record | None:
         if name in _NAMES:
             figures[name] = Figure(float(value), "cached", note)
     return Record(cpu, threads, tier, day, figures)
+
+
+def machine_here(facts: Facts, home: Path, threads: int, *, with_card: bool) -> Machine:
+    """This machine by doctor's record where that is of the same CPU, threads and kernels, else by assumptions; `notes`
+    says which. `with_card` adds the first card here, or one that is assumed."""
+    record, why = read(home)
+    tier = facts.tiers[-1] if facts.tiers else ""
+    if record is not None and (record.cpu, record.threads, record.tier) != (facts.cpu, threads, tier):
+        record, why = None, f"{home / NAME} is of another CPU, number of threads or kernel tier"
+    if record is None:
+        known: Mapping[str, Figure] = {}
+        note = f"the speeds are assumed, since {why}: `localmoe doctor` measures them"
+    else:
+        known = record.figures
+        note = f"the speeds that are cached were measured by `localmoe doctor` on {record.measured}"
+    return Machine(
+        cpu=cpu_speed(threads, facts.cache_bytes, known, tier),
+        disk=known.get("disk") or assumed_disk(),
+        gpu=_gpu(facts.cards) if with_card else None,
+        notes=(note,),
+    )
+
+
+def _gpu(cards: tuple[Card, ...]) -> GpuSpeed:
+    if not cards:
+        return assumed_gpu()
+    card = cards[0]
+    gpu = replace(assumed_gpu(card.name, card.memory_bytes), free=card.free_bytes)
+    link = card.link_bytes_per_second
+    if card.link is None or link is None:
+        return gpu
+    note = f"{_LINK_SHARE:.0%} of PCIe {card.link[0]} x{card.link[1]}"
+    return replace(gpu, pcie=Figure(link * _LINK_SHARE, "assumed", note))
