@@ -58,9 +58,7 @@ def doctor(
         streams.write(_text(facts, figures, advice, used, saved))
 
 
-def _save(
-    home: Path, facts: Facts, threads: int, figures: Mapping[str, Figure]
-) -> tuple[Path | None, tuple[str, ...]]:
+def _save(home: Path, facts: Facts, threads: int, figures: Mapping[str, Figure]) -> tuple[Path | None, tuple[str, ...]]:
     from localmoe.offload.record import Record, save
 
     if not figures:
@@ -78,14 +76,18 @@ def what_would_help(facts: Facts, figures: Mapping[str, Figure], threads: int) -
         lines.append(f"other programs are at work (a load of {facts.load:.1f}): measure again when the machine is idle")
     read, disk = figures.get("read"), figures.get("disk")
     if facts.tiers and "avx2" not in facts.tiers:
-        lines.append("the kernels have neither AVX2 nor AVX-512 here: if this is a virtual machine, pass the CPU through")
+        lines.append(
+            "the kernels have neither AVX2 nor AVX-512 here: if this is a virtual machine, pass the CPU through"
+        )
     if read is not None and read.value < _ONE_CHANNEL:
         lines.append(
             f"memory reads {_rate(read)}, and decode is as fast as memory: that is one channel's worth. Two equal "
             "modules in the right slots, or XMP/EXPO switched on, may double it"
         )
     if facts.cpu_limit is not None and facts.cpu_limit < facts.processors:
-        lines.append(f"this control group may use {facts.cpu_limit:.3g} of {facts.processors} processors: raise its limit")
+        lines.append(
+            f"this control group may use {facts.cpu_limit:.3g} of {facts.processors} processors: raise its limit"
+        )
     if threads < facts.cores:
         lines.append(f"--threads {threads} leaves {facts.cores - threads} of {facts.cores} cores idle")
     if facts.memory_limit is not None and facts.memory_bytes is not None and facts.memory_limit < facts.memory_bytes:
@@ -101,7 +103,9 @@ def what_would_help(facts: Facts, figures: Mapping[str, Figure], threads: int) -
     if facts.huge_pages == "never":
         lines.append("transparent huge pages are off: `echo madvise` into /sys/kernel/mm/transparent_hugepage/enabled")
     if facts.cards:
-        lines.append("this version computes on the CPU; `localmoe plan MODEL --vram SIZE` forecasts what the card will add")
+        lines.append(
+            "this version computes on the CPU; `localmoe plan MODEL --vram SIZE` forecasts what the card will add"
+        )
     return lines
 
 
@@ -154,7 +158,9 @@ def _figure_rows(figures: Mapping[str, Figure]) -> list[tuple[str, str]]:
         if name in figures:
             rows.append((label, _rate(figures[name]) + (f" ({places})" if places else "")))
     for prefix, label, rate in (("weights.", "one token", _rate), ("many.", "many tokens", _products)):
-        parts = [f"{name.removeprefix(prefix)} {rate(each)}" for name, each in figures.items() if name.startswith(prefix)]
+        parts = [
+            f"{name.removeprefix(prefix)} {rate(each)}" for name, each in figures.items() if name.startswith(prefix)
+        ]
         if parts:
             rows.append((label, ", ".join(parts)))
     return rows

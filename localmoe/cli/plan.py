@@ -47,7 +47,9 @@ def plan(
     model: options.Model,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="R", help=f"{', '.join(store.RECIPES)}.  [default: what is here, or balanced]"),
+        typer.Option(
+            "--recipe", metavar="R", help=f"{', '.join(store.RECIPES)}.  [default: what is here, or balanced]"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     device: options.Device = "auto",
@@ -229,9 +231,9 @@ def _text(name: str, subject: Subject, machine: Machine, budgets: Budgets, resul
         *((_WHERE[tier], _tier_size(placement.nbytes(tier), limit)) for tier, limit in _limits(budgets)),
         ("context", _context(subject, result)),
         ("latent cache", _cache(subject)),
-        ("decode", f"{_speed(result.decode)} with an empty cache"),
-        ("", f"{_speed(result.decode_full)} with all {placement.context:,} tokens in it"),
-        ("prefill", f"{_speed(result.prefill)}, a prompt of {result.prompt:,} tokens"),
+        ("decode", _speed(result.decode, "with an empty cache")),
+        ("", _speed(result.decode_full, f"with all {placement.context:,} tokens in it")),
+        ("prefill", _speed(result.prefill, f"of a prompt of {result.prompt:,} tokens")),
         *_of_the_card(result),
         *(("more", line) for line in _gains(budgets, result)),
         ("reckoned by", _figures(machine)),
@@ -269,17 +271,20 @@ def _cache(subject: Subject) -> str:
     return f"{units.size(own)} a token; plain keys and values would take {units.size(plain)}, {plain / own:.3g} times"
 
 
-def _speed(speed: Speed) -> str:
-    return f"{speed.tokens_per_second:.3g} tokens/s, {speed.bound_share:.0%} of it {speed.bound},"
+def _speed(speed: Speed, when: str) -> str:
+    return f"{_rate(speed.tokens_per_second)} {when}; {speed.bound_share:.0%} of the time is {speed.bound}"
+
+
+def _rate(tokens_per_second: float) -> str:
+    digits = f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
+    return f"{digits} tokens/s"
 
 
 def _of_the_card(result: Plan) -> list[tuple[str, str]]:
     lines = []
     if result.without_cpu_layers is not None:
         layers = result.placement.cpu_layers
-        lines.append(
-            ("", f"{layers} layers are on the CPU; with all on the card {result.without_cpu_layers:.3g} tokens/s")
-        )
+        lines.append(("", f"{layers} layers are on the CPU; with all on the card {_rate(result.without_cpu_layers)}"))
     if result.stream_from is not None:
         lines.append(("", f"from {result.stream_from:,} tokens on, experts are carried to the card"))
     return lines
@@ -289,7 +294,7 @@ def _gains(budgets: Budgets, result: Plan) -> list[str]:
     """What more memory buys, in decode with an empty cache."""
     now = result.decode.tokens_per_second
     lines = [
-        f"{each.change}: {each.decode_tokens_per_second:.3g} tokens/s ({each.decode_tokens_per_second / now - 1:+.0%})"
+        f"{each.change}: {_rate(each.decode_tokens_per_second)} ({each.decode_tokens_per_second / now - 1:+.0%})"
         for each in result.advice
     ]
     if budgets.ram is not None and not result.placement.nbytes("disk"):

@@ -81,15 +81,15 @@ def _probes(
     size = min(_MOST_BYTES, max(_MEMORY_BYTES, 4 * facts.cache_bytes))
     backend = kernels.backend
     yield "read", "memory read bandwidth", lambda: _measured(backend.read_bandwidth())
-    for form in ("int4", "int8"):
+    for form in ("int4", "int8", "bf16"):
         yield f"weights.{form}", f"one token's {form} products", partial(_one_token, kernels, form, size)
     yield "disk", "disk read bandwidth", partial(disk, home)
     for form in ("int4", "int8"):
         yield f"many.{form}", f"many tokens' {form} products", partial(_many_tokens, kernels, form)
     yield "attention", "torch's products", partial(_torch, kernels)
-    for form in ("bf16", "nf4"):
-        yield f"weights.{form}", f"one token's {form} products", partial(_one_token, kernels, form, size)
-        yield f"many.{form}", f"many tokens' {form} products", partial(_many_tokens, kernels, form)
+    yield "many.bf16", "many tokens' bf16 products", partial(_many_tokens, kernels, "bf16")
+    yield "weights.nf4", "one token's nf4 products", partial(_one_token, kernels, "nf4", size)
+    yield "many.nf4", "many tokens' nf4 products", partial(_many_tokens, kernels, "nf4")
     if facts.cache_bytes:
         held = min(facts.cache_bytes // 2, _MANY_BYTES)
         yield "cached", "products from the cache", partial(_one_token, kernels, "int4", held, 200)

@@ -269,14 +269,18 @@ def _by_heat(subject: Subject) -> list[tuple[float, int, int]]:
 
 def _always_shares(subject: Subject, layers: Sequence[Residence], tier: Tier, why: str) -> list[Share]:
     here = [size for size, home in zip(subject.sizes.layers, layers, strict=True) if home.on_gpu == (tier == "gpu")]
-    what = f"{len(here)} of {len(layers)} layers" if len(here) < len(layers) else f"{len(layers)} layers"
+    what = f"{len(here)} of {len(layers)} layers" if len(here) < len(layers) else _layers(layers)
     dense = [size for size in here if not size.experts]
     moe = [size for size in here if size.experts]
     return [
         _share("attention, norms", tier, sum(size.attention.nbytes for size in here), what, why),
-        _share("dense MLP", tier, sum(size.mlp.nbytes for size in dense), f"{len(dense)} layers", why),
-        _share("router, shared expert", tier, sum(size.mlp.nbytes for size in moe), f"{len(moe)} layers", why),
+        _share("dense MLP", tier, sum(size.mlp.nbytes for size in dense), _layers(dense), why),
+        _share("router, shared expert", tier, sum(size.mlp.nbytes for size in moe), _layers(moe), why),
     ]
+
+
+def _layers(layers: Sequence[object]) -> str:
+    return "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
 
 
 def _cache_share(subject: Subject, tier: Tier, tokens: int, layers: int, why: str) -> Share:

@@ -159,7 +159,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def _card(line: str) -> Card:
-    name, total, free, driver, capability, generation, lanes = (part.strip() for part in line.split(",")[-7:])
+    name, total, free, driver, capability, generation, lanes = (part.strip() for part in line.rsplit(",", 6))
     link = (int(generation), int(lanes)) if generation.isdigit() and lanes.isdigit() and int(generation) else None
     return Card(name, _mib(total), _mib(free), driver, capability, link)
 
