@@ -92,8 +92,8 @@ def what_would_help(facts: Facts, figures: Mapping[str, Figure], threads: int) -
         lines.append(f"--threads {threads} leaves {facts.cores - threads} of {facts.cores} cores idle")
     if facts.memory_limit is not None and facts.memory_bytes is not None and facts.memory_limit < facts.memory_bytes:
         lines.append(
-            f"this control group may use {units.size(facts.memory_limit)} of {units.size(facts.memory_bytes)} of memory: "
-            "experts beyond it are read from the disk"
+            f"this control group may use {units.size(facts.memory_limit)} of {units.size(facts.memory_bytes)} of "
+            "memory: experts beyond it are read from the disk"
         )
     if disk is not None and disk.value < _SLOW_DISK:
         lines.append(

@@ -101,7 +101,8 @@ def look(places: Places | None = None, run: Run | None = None, *, ask_cards: boo
     attempt = Attempts()
     cpuinfo = attempt("CPU", lambda: (places.proc / "cpuinfo").read_text(encoding="utf-8", errors="replace"), "")
     flags = set(_field(cpuinfo, "flags").split())
-    total, available = attempt("memory", lambda: _memory(places.proc / "meminfo"), (None, None))
+    unknown: tuple[int | None, int | None] = (None, None)
+    total, available = attempt("memory", lambda: _memory(places.proc / "meminfo"), unknown)
     return Facts(
         cpu=_field(cpuinfo, "model name") or "unknown",
         processors=len(os.sched_getaffinity(0)),

@@ -95,7 +95,9 @@ def _record(content: Any) -> Record | None:
     figures = {}
     for name, entry in content["figures"].items():
         value, note = (entry.get("value"), entry.get("note")) if isinstance(entry, dict) else (None, None)
-        if type(value) not in (int, float) or not (0 < value < math.inf) or not isinstance(note, str):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isinstance(note, str):
+            return None
+        if not 0 < value < math.inf:
             return None
         if name in _NAMES:
             figures[name] = Figure(float(value), "cached", note)
