@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from localmoe.formats.safetensors import TensorInfo
     from localmoe.model.config import ModelConfig
 
-_USABLE = 0.9  # of the available memory: the rest is for activations, other programs, and what they read
-_LEAST_CONTEXT = 4096  # tokens for which we rather read experts from the disk than offer less
+USABLE = 0.9  # of the available memory: the rest is for activations, other programs, and what they read
+LEAST_CONTEXT = 4096  # tokens for which we rather read experts from the disk than offer less
 _GIB = 1 << 30
 
 
@@ -30,8 +30,7 @@ class MemoryNeeds:
     def of(cls, config: ModelConfig, tensors: Iterable[TensorInfo], cache_row: int) -> MemoryNeeds:
         """Add up a checkpoint's headers; a token's latents take `cache_row` bytes a layer.
 
-        The MTP layers and the embedding, of which a token reads a row, are left out; `kv_b_proj`, which attention
-        keeps in float32 besides, is counted as such.
+        The MTP layers and the embedding, of which a token reads a row, are left out.
         """
         mtp = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
         always = experts = 0
@@ -40,20 +39,15 @@ class MemoryNeeds:
                 experts += info.nbytes
             elif not info.name.startswith((*mtp, "model.embed_tokens.")) or config.tie_word_embeddings:
                 always += info.nbytes
-        kv_b = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
-        return cls(
-            always=always + 4 * kv_b * config.num_hidden_layers,
-            experts=experts,
-            cache_per_token=cache_row * config.num_hidden_layers,
-        )
+        return cls(always, experts, cache_row * config.num_hidden_layers)
 
     def context_within(self, budget: float) -> int:
         """Tokens whose latents fit beside all weights, or beside those that every token needs where that would
         be fewer than 4,096: the experts are mapped, and what does not stay in memory is read from the disk."""
         beside_all = int(budget - self.always - self.experts) // self.cache_per_token
-        if beside_all >= _LEAST_CONTEXT:
+        if beside_all >= LEAST_CONTEXT:
             return beside_all
-        return min(_LEAST_CONTEXT, int(budget - self.always) // self.cache_per_token)
+        return min(LEAST_CONTEXT, int(budget - self.always) // self.cache_per_token)
 
 
 def choose_context(needs: MemoryNeeds, maximum: int, asked: int | None, budget: int | None) -> int:
@@ -68,15 +62,15 @@ def choose_context(needs: MemoryNeeds, maximum: int, asked: int | None, budget: 
         raise UsageError(f"--ctx {asked}: the model was made for at most {maximum} tokens")
     if budget is None:
         return maximum if asked is None else asked
-    usable = budget * _USABLE
-    wanted = min(maximum, _LEAST_CONTEXT) if asked is None else asked
+    usable = budget * USABLE
+    wanted = min(maximum, LEAST_CONTEXT) if asked is None else asked
     needed = needs.always + wanted * needs.cache_per_token
     if needed > usable:
         fits = int(usable - needs.always) // needs.cache_per_token
         hint = f"; --ctx {fits} would fit" if fits >= 1 else ""
         raise DeviceError(
             f"{wanted} tokens of context beside the weights that every token reads need "
-            f"{needed / _USABLE / _GIB:.2f} GiB of memory and there are {budget / _GIB:.2f}{hint}"
+            f"{needed / USABLE / _GIB:.2f} GiB of memory and there are {budget / _GIB:.2f}{hint}"
         )
     return wanted if asked is not None else min(maximum, max(wanted, needs.context_within(usable)))
 

@@ -15,9 +15,11 @@ import typer
 from localmoe.cli import streams
 from localmoe.cli.bench import bench
 from localmoe.cli.chat import chat
+from localmoe.cli.doctor import doctor
 from localmoe.cli.evaluate import evaluate
 from localmoe.cli.failure import READER_GONE, describe, hint
 from localmoe.cli.models import list_models, pull, remove, verify
+from localmoe.cli.plan import plan
 from localmoe.cli.quantize import quantize
 from localmoe.cli.run import run
 from localmoe.cli.show import show
@@ -38,6 +40,8 @@ for name, function, summary in (
     ("quantize", quantize, "Make a 4-bit model of a source."),
     ("eval", evaluate, "Perplexity, and the distance to the source."),
     ("bench", bench, "Tokens/s, and where the time goes."),
+    ("plan", plan, "Where every part goes, and the speed to expect."),
+    ("doctor", doctor, "This machine: how fast, and what would help."),
     ("list", list_models, "The models here, and those to pull."),
     ("show", show, "What a model is, and what 4 bits cost it."),
     ("verify", verify, "Check every file's hash."),

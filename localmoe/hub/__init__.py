@@ -1,7 +1,7 @@
 """The hub and what came from it: the models known by name, downloads, and checks of what is on the disk."""
 
 from localmoe.hub.cache import OnProgress, Progress
-from localmoe.hub.download import PulledFile, PullReport, pull
+from localmoe.hub.download import PulledFile, PullReport, pull, pull_config
 from localmoe.hub.names import KnownModel, ModelRef, registry
 from localmoe.hub.verify import Problem, VerifyReport, verify_artifact, verify_source
 
@@ -15,6 +15,7 @@ __all__ = [
     "PulledFile",
     "VerifyReport",
     "pull",
+    "pull_config",
     "registry",
     "verify_artifact",
     "verify_source",

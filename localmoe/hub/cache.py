@@ -105,6 +105,15 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path | None:
     return next((path for path in found if path.is_dir() and not missing_files(path)), None)
 
 
+def find_config(repo: str) -> Path | None:
+    """The newest config.json of `repo` here, whether or not its weights are."""
+    complete = find_snapshot(repo)
+    if complete is not None:
+        return complete / "config.json"
+    found = [path for path in (repo_directory(repo) / "snapshots").glob("*/config.json") if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def _read_reference(path: Path) -> str | None:
     """The commit that a branch or tag stood for; the file is anybody's, so only a digest will do."""
     try:

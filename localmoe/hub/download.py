@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from localmoe.errors import HubError, StorageError, UsageError, VerificationError
+from localmoe.errors import HubError, ModelNotFoundError, StorageError, UsageError, VerificationError
 from localmoe.hub import cache, partial
 from localmoe.hub.cache import OnProgress, Progress
 from localmoe.hub.listing import Listing, RemoteFile, ask_hub, check_revision, hub_errors
@@ -28,6 +28,7 @@ from localmoe.hub.names import ModelRef, printable, refuse_unsupported, repo_of
 from localmoe.hub.verify import demo_directory, verify_source
 
 WORKERS = 4
+CONFIG = "config.json"
 
 State = Literal["present", "downloaded", "resumed", "repaired"]
 
@@ -87,6 +88,28 @@ def pull(ref: ModelRef, *, revision: str | None = None, progress: OnProgress | N
     with _quiet_hub():
         listing = ask_hub(repo, revision or constants.DEFAULT_REVISION)
         return _Pull(ref.name, listing, progress).run()
+
+
+def pull_config(ref: ModelRef) -> Path:
+    """The config.json of `ref`'s source, from the package, the cache, or else the hub: that one file, its hash checked.
+
+    Raises ModelNotFoundError, UnsupportedModelError, HubError, StorageError, VerificationError.
+    """
+    refuse_unsupported(ref.name)
+    repo = repo_of(ref.name)
+    if repo is None:
+        if ref.name != "demo":
+            raise ModelNotFoundError(f"{ref.name} is not on this machine, and it is not a repository of the hub")
+        return demo_directory() / CONFIG
+    held = cache.find_config(repo)
+    if held is not None:
+        return held
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"HF_HUB_OFFLINE is set and the {CONFIG} of {repo} is not here: unset it to fetch that")
+    with _quiet_hub():
+        return _Pull(ref.name, ask_hub(repo, constants.DEFAULT_REVISION), None).config()
 
 
 def _check_only(name: str, repo: str | None, path: Path, progress: OnProgress | None) -> PullReport:
@@ -165,6 +188,15 @@ class _Pull:
         received = self._meter.received
         repo, commit = self._listing.repo, self._listing.commit
         return PullReport(self._name, repo, commit, self._snapshot, tuple(done), received)
+
+    def config(self) -> Path:
+        """Fetch config.json and nothing else: the snapshot stays incomplete until a pull."""
+        with hub_errors(self._listing.repo, self._listing.revision, f"while writing to {self._directory}"):
+            self._snapshot.mkdir(parents=True, exist_ok=True)
+        for file in self._listing.files:
+            if file.name == CONFIG:
+                self._ensure(file)
+        return self._snapshot / CONFIG
 
     def _check_supported(self) -> None:
         """Refuse an architecture we do not run before its weights are fetched. Raises UnsupportedModelError."""

@@ -52,14 +52,8 @@ def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{info.file.name}: {name} is not a tensor of a {config.model_type} of this config")
 
 
-def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    for layer, is_moe in enumerate(config.moe_layers):
-        yield from _layer_modules(config, layer, is_moe)
-    if not config.tie_word_embeddings:
-        yield "lm_head", (config.vocab_size, config.hidden_size)
-
-
-def _layer_modules(config: ModelConfig, layer: int, is_moe: bool) -> Iterator[tuple[str, tuple[int, int]]]:
+def layer_modules(config: ModelConfig, layer: int, is_moe: bool) -> Iterator[tuple[str, tuple[int, int]]]:
+    """One layer's linear modules with their [out, in]; of MTP layers too, which follow the last."""
     hidden, module = config.hidden_size, f"model.layers.{layer}"
     for name, shape in _attention(config):
         yield f"{module}.self_attn.{name}", shape
@@ -71,6 +65,32 @@ def _layer_modules(config: ModelConfig, layer: int, is_moe: bool) -> Iterator[tu
         yield from _mlp(f"{module}.mlp.shared_experts", hidden, shared)
     for expert in range(config.n_routed_experts):
         yield from _mlp(f"{module}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
+
+
+def layer_tensors(config: ModelConfig, layer: int, is_moe: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """One layer's tensors that are never quantized; of MTP layers those that other layers have too."""
+    hidden, module = config.hidden_size, f"model.layers.{layer}"
+    yield f"{module}.input_layernorm.weight", (hidden,)
+    yield f"{module}.post_attention_layernorm.weight", (hidden,)
+    yield f"{module}.self_attn.kv_a_layernorm.weight", (config.kv_lora_rank,)
+    if config.q_lora_rank is not None:
+        yield f"{module}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
+    if config.attention_bias:
+        yield f"{module}.self_attn.kv_a_proj_with_mqa.bias", (config.latent_width,)
+        yield f"{module}.self_attn.o_proj.bias", (hidden,)
+        if config.q_lora_rank is not None:
+            yield f"{module}.self_attn.q_a_proj.bias", (config.q_lora_rank,)
+    if is_moe:
+        yield f"{module}.mlp.gate.weight", (config.n_routed_experts, hidden)
+        if config.topk_method == "noaux_tc":
+            yield f"{module}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
+
+
+def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    for layer, is_moe in enumerate(config.moe_layers):
+        yield from layer_modules(config, layer, is_moe)
+    if not config.tie_word_embeddings:
+        yield "lm_head", (config.vocab_size, config.hidden_size)
 
 
 def _attention(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -92,29 +112,10 @@ def _mlp(module: str, hidden: int, intermediate: int) -> Iterator[tuple[str, tup
 
 
 def _plain_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden = config.hidden_size
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
     for layer, is_moe in enumerate(config.moe_layers):
-        yield from _layer_tensors(config, layer, is_moe)
-    yield "model.norm.weight", (hidden,)
-
-
-def _layer_tensors(config: ModelConfig, layer: int, is_moe: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, module = config.hidden_size, f"model.layers.{layer}"
-    yield f"{module}.input_layernorm.weight", (hidden,)
-    yield f"{module}.post_attention_layernorm.weight", (hidden,)
-    yield f"{module}.self_attn.kv_a_layernorm.weight", (config.kv_lora_rank,)
-    if config.q_lora_rank is not None:
-        yield f"{module}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
-    if config.attention_bias:
-        yield f"{module}.self_attn.kv_a_proj_with_mqa.bias", (config.latent_width,)
-        yield f"{module}.self_attn.o_proj.bias", (hidden,)
-        if config.q_lora_rank is not None:
-            yield f"{module}.self_attn.q_a_proj.bias", (config.q_lora_rank,)
-    if is_moe:
-        yield f"{module}.mlp.gate.weight", (config.n_routed_experts, hidden)
-        if config.topk_method == "noaux_tc":
-            yield f"{module}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
+        yield from layer_tensors(config, layer, is_moe)
+    yield "model.norm.weight", (config.hidden_size,)
 
 
 def _check_mtp(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[str]:
@@ -124,13 +125,13 @@ def _check_mtp(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[str]:
     plain: dict[str, tuple[int, ...]] = {
         f"{module}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")
     }
-    plain |= dict(_layer_tensors(config, layer, is_moe))
+    plain |= dict(layer_tensors(config, layer, is_moe))
     if f"{module}.embed_tokens.weight" in checkpoint:
         plain[f"{module}.embed_tokens.weight"] = (config.vocab_size, hidden)
     for name, plain_shape in plain.items():
         _check_float(checkpoint, name, plain_shape)
         yield name
-    modules = dict(_layer_modules(config, layer, is_moe)) | {f"{module}.eh_proj": (hidden, 2 * hidden)}
+    modules = dict(layer_modules(config, layer, is_moe)) | {f"{module}.eh_proj": (hidden, 2 * hidden)}
     head = f"{module}.shared_head.head"
     if any(name.startswith(f"{head}.weight") for name in checkpoint.tensors):
         modules[head] = (config.vocab_size, hidden)

@@ -1,0 +1,356 @@
+"""Where every part of a model goes: sizes, budgets and bandwidths in, a placement with the reason of each choice out.
+
+Pure. The order of what gets the card's memory: its own workspace, whole layers (attention, router, shared expert or
+dense MLP) with the latent cache of the context, the head, then routed experts, the hottest first. CPU memory takes the
+layers that the card has no room for and the experts in order of heat; the coldest stay on the disk, mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from localmoe.errors import DeviceError, UsageError
+from localmoe.memory import LEAST_CONTEXT, USABLE, MemoryNeeds, choose_context
+from localmoe.model.config import ModelConfig
+from localmoe.offload.machine import GIB, Machine
+from localmoe.offload.predict import CHUNK, Residence, Speed, Subject, decode, prefill, stream_from
+
+Tier = Literal["gpu", "ram", "disk"]
+
+_CUDA_CONTEXT = 512 << 20  # the driver's and the libraries' own, in every process that computes on a card
+_STAGING = 128 << 20  # two buffers of 64 MiB that experts are streamed through, on either side
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes that may be used: `ram` of CPU memory, of which a tenth stays free (None: not known); `vram` of the card's,
+    a hard ceiling (None: no card is used). `context` in tokens, None for the smaller of the model's and what fits."""
+
+    ram: int | None = None
+    vram: int | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """One part of the model in one place, and why it is there."""
+
+    part: str
+    tier: Tier
+    nbytes: int
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`layers` says where each layer and its experts are; `longest_context` what the memory would hold at most."""
+
+    context: int
+    longest_context: int
+    layers: tuple[Residence, ...]
+    head_on_gpu: bool
+    shares: tuple[Share, ...]
+
+    @property
+    def cpu_layers(self) -> int:
+        """Layers computed on the CPU."""
+        return sum(not layer.on_gpu for layer in self.layers)
+
+    def nbytes(self, tier: Tier) -> int:
+        """Bytes in one place."""
+        return sum(share.nbytes for share in self.shares if share.tier == tier)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change, and what decode would then be in tokens/s, with an empty cache."""
+
+    change: str
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`decode` with an empty cache and `decode_full` with the whole context in it; `prefill` of `prompt` tokens.
+    `without_cpu_layers` is decode as it would be if the card held every layer, where it does not."""
+
+    placement: Placement
+    decode: Speed
+    decode_full: Speed
+    prefill: Speed
+    prompt: int
+    stream_from: int | None
+    without_cpu_layers: float | None
+    advice: tuple[Advice, ...]
+
+
+def make_plan(subject: Subject, machine: Machine, budgets: Budgets, prompt: int = CHUNK) -> Plan:
+    """Place a model and say how fast that will be.
+
+    Raises UsageError for a context that the model cannot have, DeviceError, with the number that would do, for a card
+    that cannot hold one layer and its cache, or CPU memory that cannot hold what every token reads there.
+    """
+    full = place(subject, budgets)
+    empty = place(subject, budgets, held=0)
+    speed = decode(subject, machine, empty.layers, empty.head_on_gpu, 0)
+    prompt = min(prompt, full.context)
+    without = None
+    if full.cpu_layers and budgets.vram is not None:
+        everything = tuple(Residence(True) for _ in full.layers)
+        without = decode(subject, machine, everything, True, 0).tokens_per_second
+    return Plan(
+        placement=full,
+        decode=speed,
+        decode_full=decode(subject, machine, full.layers, full.head_on_gpu, full.context),
+        prefill=prefill(subject, machine, empty.layers, empty.head_on_gpu, prompt),
+        prompt=prompt,
+        stream_from=stream_from(subject, machine, empty.layers),
+        without_cpu_layers=without,
+        advice=_advice(subject, machine, budgets, empty),
+    )
+
+
+def place(subject: Subject, budgets: Budgets, held: int | None = None) -> Placement:
+    """Place a model with `held` tokens in the cache, the whole context if None: what the cache does not take yet
+    holds more experts. Raises as `make_plan` does."""
+    if budgets.vram is None:
+        return _place_on_cpu(subject, budgets, held)
+    return _place_on_gpu(subject, budgets, budgets.vram, held)
+
+
+def gpu_workspace(config: ModelConfig, chunk: int = CHUNK) -> int:
+    """Bytes of the card that hold neither weights nor cache: CUDA's own, staging buffers, one chunk's activations."""
+    heads = config.num_attention_heads * (config.qk_head_dim + config.latent_width)
+    floats = chunk * (6 * config.hidden_size + heads) + config.vocab_size
+    return _CUDA_CONTEXT + _STAGING + 4 * floats
+
+
+def _place_on_cpu(subject: Subject, budgets: Budgets, held: int | None) -> Placement:
+    sizes, config = subject.sizes, subject.config
+    needs = MemoryNeeds(sizes.always, sizes.experts, subject.cache_per_token)
+    longest = config.max_position_embeddings
+    context = choose_context(needs, longest, budgets.context, budgets.ram)
+    room = None
+    if budgets.ram is not None:
+        usable = int(budgets.ram * USABLE)
+        longest = min(longest, (usable - sizes.always) // subject.cache_per_token)
+        room = usable - sizes.always - (context if held is None else held) * subject.cache_per_token
+    layers = _place_experts(subject, [False] * len(sizes.layers), 0, room)
+    cached = context if held is None else held
+    shares = [
+        *_always_shares(subject, layers, "ram", "every token reads it, and there is no card to hold it"),
+        _share("head", "ram", sizes.head.nbytes, "", "every token reads it"),
+        _cache_share(subject, "ram", cached, len(layers), "it grows with the context; all of it is reserved here"),
+        *_expert_shares(subject, layers),
+        *_rest(subject),
+    ]
+    return Placement(context, longest, layers, False, tuple(share for share in shares if share.nbytes))
+
+
+def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | None) -> Placement:
+    sizes = subject.sizes
+    room = vram - gpu_workspace(subject.config)
+    context, longest = _context_on_gpu(subject, budgets, room)
+    on_gpu, head = _layers_on_gpu(subject, room, context)
+    _refuse_less_than_a_layer(subject, vram, room, context, on_gpu)
+    cached = context if held is None else held
+    used = sum(layer.always for layer, here in zip(sizes.layers, on_gpu, strict=True) if here)
+    used += sizes.head.nbytes * head + sum(on_gpu) * cached * subject.cache_row
+    slots = max(0, (room - used) // sizes.expert) if sizes.expert else 0
+    layers = _place_experts(subject, on_gpu, slots, _ram_room(subject, budgets, on_gpu, head, context))
+    shares = [
+        _share("workspace", "gpu", gpu_workspace(subject.config), "", "CUDA's own, staging, a chunk's activations"),
+        *_always_shares(subject, layers, "gpu", "every token reads it, so it is worth most on the card"),
+        _cache_share(subject, "gpu", cached, sum(on_gpu), "every token reads all of it"),
+        _share("head", "gpu" if head else "ram", sizes.head.nbytes, "", "every token reads it"),
+        *_always_shares(subject, layers, "ram", "--vram has no room for these layers: the CPU computes them"),
+        _cache_share(subject, "ram", cached, len(on_gpu) - sum(on_gpu), "beside the layers that it belongs to"),
+        *_expert_shares(subject, layers),
+        _share(
+            "staging", "ram", _STAGING, "pinned", "a mapped file cannot be pinned: weights go to the card through it"
+        ),
+        *_rest(subject),
+    ]
+    return Placement(context, longest, layers, head, tuple(share for share in shares if share.nbytes))
+
+
+def _context_on_gpu(subject: Subject, budgets: Budgets, room: int) -> tuple[int, int]:
+    """(context, the longest one with every layer on the card)."""
+    maximum = subject.config.max_position_embeddings
+    fits = max(0, (room - subject.sizes.always) // subject.cache_per_token)
+    asked = budgets.context
+    if asked is not None and not 1 <= asked <= maximum:
+        raise UsageError(f"--ctx {asked}: the model was made for 1 to {maximum} tokens")
+    # Rather than less than this, layers leave the card
+    chosen = asked if asked is not None else min(maximum, max(fits, LEAST_CONTEXT))
+    return chosen, min(maximum, max(fits, chosen))
+
+
+def _layers_on_gpu(subject: Subject, room: int, context: int) -> tuple[list[bool], bool]:
+    """(which layers are on the card with their cache, whether the head is): as many of the first as there is room for.
+
+    A byte on the card saves the same time whichever layer it belongs to; that the last ones leave keeps the hidden
+    state's way between card and CPU to one change."""
+    cache = context * subject.cache_row
+    layers = [layer.always + cache for layer in subject.sizes.layers]
+    head = room >= layers[0] + subject.sizes.head.nbytes
+    left = room - subject.sizes.head.nbytes * head
+    on_gpu: list[bool] = []
+    for size in layers:
+        on_gpu.append(left >= size and all(on_gpu))
+        left -= size * on_gpu[-1]
+    return on_gpu, head
+
+
+def _refuse_less_than_a_layer(subject: Subject, vram: int, room: int, context: int, on_gpu: Sequence[bool]) -> None:
+    if any(on_gpu):
+        return
+    least = subject.sizes.layers[0].always + context * subject.cache_row
+    needed = vram - room + least
+    raise DeviceError(
+        f"--vram {vram / GIB:.2f} GiB cannot hold one layer with its cache of {context} tokens; "
+        f"{_round_up(needed)} GiB would do, or --device cpu, which uses no card"
+    )
+
+
+def _ram_room(subject: Subject, budgets: Budgets, on_gpu: Sequence[bool], head: bool, context: int) -> int | None:
+    """Bytes of CPU memory for experts, after what every token reads there."""
+    if budgets.ram is None:
+        return None
+    sizes = subject.sizes
+    always = _STAGING + sizes.head.nbytes * (not head)
+    for layer, here in zip(sizes.layers, on_gpu, strict=True):
+        always += 0 if here else layer.always + context * subject.cache_row
+    room = int(budgets.ram * USABLE) - always
+    if room < 0:
+        raise DeviceError(
+            f"the parts that the card has no room for need {_round_up(always / USABLE)} GiB of CPU memory "
+            f"and there are {budgets.ram / GIB:.2f}: a shorter --ctx or more --vram leaves fewer of them"
+        )
+    return room
+
+
+def _place_experts(subject: Subject, on_gpu: Sequence[bool], slots: int, room: int | None) -> tuple[Residence, ...]:
+    """Experts by heat: `slots` of them on the card, then as many as `room` bytes of CPU memory hold (None: all)."""
+    sizes, k = subject.sizes, subject.config.num_experts_per_tok
+    counts = [[0, 0] for _ in sizes.layers]  # [on the card, on the disk]
+    uses = [[0.0, 0.0] for _ in sizes.layers]
+    for heat, _, index in _by_heat(subject):
+        if on_gpu[index] and slots > 0:
+            slots -= 1
+            place = 0
+        elif room is None or room >= sizes.layers[index].expert.nbytes:
+            room = None if room is None else room - sizes.layers[index].expert.nbytes
+            continue
+        else:
+            room = 0  # nothing colder gets in before something hotter
+            place = 1
+        counts[index][place] += 1
+        uses[index][place] += heat
+    return tuple(
+        Residence(here, counts[index][0], uses[index][0] / k, counts[index][1], uses[index][1] / k)
+        for index, here in enumerate(on_gpu)
+    )
+
+
+def _by_heat(subject: Subject) -> list[tuple[float, int, int]]:
+    """(heat, expert, layer) of every routed expert, the hottest first; equals are spread over the layers evenly."""
+    k = subject.config.num_experts_per_tok
+    found = []
+    for index, layer in enumerate(subject.sizes.layers):
+        heat = [1.0] * layer.experts if subject.heat is None else subject.heat[index]
+        total = sum(heat)
+        found += [(k * each / total if total else 0.0, expert, index) for expert, each in enumerate(heat)]
+    return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
+
+
+def _always_shares(subject: Subject, layers: Sequence[Residence], tier: Tier, why: str) -> list[Share]:
+    here = [size for size, home in zip(subject.sizes.layers, layers, strict=True) if home.on_gpu == (tier == "gpu")]
+    what = f"{len(here)} of {len(layers)} layers" if len(here) < len(layers) else _layers(layers)
+    dense = [size for size in here if not size.experts]
+    moe = [size for size in here if size.experts]
+    return [
+        _share("attention, norms", tier, sum(size.attention.nbytes for size in here), what, why),
+        _share("dense MLP", tier, sum(size.mlp.nbytes for size in dense), _layers(dense), why),
+        _share("router, shared expert", tier, sum(size.mlp.nbytes for size in moe), _layers(moe), why),
+    ]
+
+
+def _layers(layers: Sequence[object]) -> str:
+    return "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+
+
+def _cache_share(subject: Subject, tier: Tier, tokens: int, layers: int, why: str) -> Share:
+    return _share("latent cache", tier, tokens * subject.cache_row * layers, f"{tokens:,} tokens", why)
+
+
+def _expert_shares(subject: Subject, layers: Sequence[Residence]) -> list[Share]:
+    sizes, k = subject.sizes, subject.config.num_experts_per_tok
+    total = sum(layer.experts for layer in sizes.layers)
+    placed = list(zip(sizes.layers, layers, strict=True))
+    moe = sum(bool(size.experts) for size in sizes.layers)
+    gpu, disk = sum(home.gpu_experts for home in layers), sum(home.disk_experts for home in layers)
+    hits = sum(home.gpu_hits for home in layers) / moe if moe else 0.0
+    misses = sum(home.disk_hits for home in layers) / moe if moe else 0.0
+    known = "the hottest" if subject.heat is not None else "no heat counted yet, all alike"
+    on_disk = sum(home.disk_experts * size.expert.nbytes for size, home in placed)
+    slots = gpu * sizes.expert if gpu else 0
+    in_ram = sizes.experts - on_disk - sum(home.gpu_experts * size.expert.nbytes for size, home in placed)
+    return [
+        _share("routed experts", "gpu", slots, f"{gpu:,} of {total:,}", f"{known}: {hits:.0%} of the uses"),
+        _share(
+            "routed experts", "ram", in_ram, f"{total - gpu - disk:,} of {total:,}",
+            f"a token reads {k} a layer: the CPU computes them where they lie",
+        ),
+        _share(
+            "routed experts", "disk", on_disk, f"{disk:,} of {total:,}",
+            f"CPU memory is full: {misses:.0%} of the uses wait for the disk",
+        ),
+    ]  # fmt: skip
+
+
+def _rest(subject: Subject) -> list[Share]:
+    """What is mapped and hardly read."""
+    sizes, config = subject.sizes, subject.config
+    row = sizes.embedding // config.vocab_size
+    return [
+        _share("embedding", "ram", sizes.embedding, "mapped", f"a token reads one row of {row:,} bytes"),
+        _share("MTP layers", "disk", sizes.mtp, "", "carried in the files, not run"),
+    ]
+
+
+def _share(part: str, tier: Tier, nbytes: int, what: str, why: str) -> Share:
+    return Share(part, tier, nbytes, what, why)
+
+
+def _advice(subject: Subject, machine: Machine, budgets: Budgets, now: Placement) -> tuple[Advice, ...]:
+    """What would help, the best first."""
+    found = []
+    for change, other in _changes(subject, budgets, now):
+        try:
+            there = place(subject, other, held=0)
+        except DeviceError:
+            continue
+        found.append(Advice(change, decode(subject, machine, there.layers, there.head_on_gpu, 0).tokens_per_second))
+    return tuple(sorted(found, key=lambda advice: -advice.decode_tokens_per_second))
+
+
+def _changes(subject: Subject, budgets: Budgets, now: Placement) -> list[tuple[str, Budgets]]:
+    changes = []
+    if budgets.vram is not None:
+        changes.append(("1 GiB more of --vram", Budgets(budgets.ram, budgets.vram + GIB, budgets.context)))
+    on_disk = sum(home.disk_experts for home in now.layers) * subject.sizes.expert
+    if on_disk and budgets.ram is not None:
+        enough = budgets.ram + int(on_disk / USABLE) + GIB
+        changes.append((f"{_round_up(enough)} GiB of CPU memory, which holds every expert",
+                        Budgets(enough, budgets.vram, budgets.context)))  # fmt: skip
+        changes.append(("1 GiB more of CPU memory", Budgets(budgets.ram + GIB, budgets.vram, budgets.context)))
+    return changes
+
+
+def _round_up(nbytes: float) -> str:
+    """GiB with two digits after the point, never less than needed."""
+    return f"{-(-int(nbytes) * 100 // GIB) / 100:.2f}"
