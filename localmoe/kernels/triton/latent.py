@@ -34,13 +34,13 @@ def latent_kernel(
         tl.store(at + 1, even * imaginary + odd * real, mask=known)
     else:
         source = kv + token * kv_stride
-        even = tl.load(source + RANK + 2 * pair, mask=known, other=0.0)
-        odd = tl.load(source + RANK + 2 * pair + 1, mask=known, other=0.0)
-        at = tl.arange(0, BLOCK_R)
-        inside = at < RANK
-        latent = tl.load(source + at, mask=inside, other=0.0)
+        left = tl.load(source + RANK + 2 * pair, mask=known, other=0.0)
+        right = tl.load(source + RANK + 2 * pair + 1, mask=known, other=0.0)
+        place = tl.arange(0, BLOCK_R)
+        inside = place < RANK
+        latent = tl.load(source + place, mask=inside, other=0.0)
         latent = latent / tl.sqrt(tl.sum(latent * latent, axis=0) / RANK + epsilon)
-        latent = latent * tl.load(norm + at, mask=inside, other=0.0)
+        latent = latent * tl.load(norm + place, mask=inside, other=0.0)
         if PACKED:
             scale = tl.max(tl.abs(latent), axis=0) / 127.0
             inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
@@ -49,14 +49,14 @@ def latent_kernel(
             number = (number + 12582912.0) - 12582912.0
             number = tl.minimum(tl.maximum(number, -127.0), 127.0) + 128.0
             row = cache_bytes + position * (RANK + 2 * ROPE + 4)
-            tl.store(row + at, number.to(tl.uint8), mask=inside)
+            tl.store(row + place, number.to(tl.uint8), mask=inside)
             keys = (row + RANK).to(tl.pointer_type(tl.bfloat16))
             tl.store((row + RANK + 2 * ROPE).to(tl.pointer_type(tl.float32)), scale)
         else:
             keys = cache + position * cache_stride + RANK
-            tl.store(cache + position * cache_stride + at, latent, mask=inside)
-        tl.store(keys + 2 * pair, even * real - odd * imaginary, mask=known)
-        tl.store(keys + 2 * pair + 1, even * imaginary + odd * real, mask=known)
+            tl.store(cache + position * cache_stride + place, latent, mask=inside)
+        tl.store(keys + 2 * pair, left * real - right * imaginary, mask=known)
+        tl.store(keys + 2 * pair + 1, left * imaginary + right * real, mask=known)
 
 
 def store_latents(

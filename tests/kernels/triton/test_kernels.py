@@ -98,7 +98,7 @@ def test_experts_with_a_slot_are_added_and_the_others_left_out(form: str, matrix
     def run(rows: slice) -> Tensor:
         room = torch.full((len(ids[rows]) * top, inner), float("nan"), device=device)
         chosen, scales = ids[rows].to(device), weights[rows].to(device)
-        return add_experts(vectors[rows], stack, chosen, scales, room, base[rows].to(device), launch_for(device))
+        return add_experts(vectors[rows], stack, chosen, scales, room, base[rows].clone().to(device), launch_for(device))
 
     together = run(slice(0, 3))
     assert_near(together, wanted, 1e-5)
@@ -108,7 +108,7 @@ def test_experts_with_a_slot_are_added_and_the_others_left_out(form: str, matrix
 @pytest.mark.parametrize("width", [64, 200])
 def test_norm(width: int, device: torch.device) -> None:
     x, delta, weight = torch.randn(5, width), torch.randn(5, width), torch.randn(width)
-    stream, second = x.to(device), torch.empty(5, width, device=device)
+    stream, second = x.clone().to(device), torch.empty(5, width, device=device)
     out = torch.empty_like(second)
     rms_norm(stream, weight.to(device), 1e-6, out, second, delta.to(device))
     wanted = torch.nn.functional.rms_norm(x + delta, (width,), weight, 1e-6)
@@ -165,7 +165,7 @@ def test_latents_are_stored_and_queries_rotated(dtype: torch.dtype, device: torc
     q, kv, norm = torch.randn(tokens, heads, nope + rope), torch.randn(tokens, rank + rope), torch.rand(rank) + 0.5
     turns = torch.polar(torch.ones(16, rope // 2), torch.randn(16, rope // 2))
     flat = torch.view_as_real(turns).flatten(1)
-    cache, queries = empty_cache(16, rank, rope, dtype, device), q.to(device)
+    cache, queries = empty_cache(16, rank, rope, dtype, device), q.clone().to(device)
     at = torch.tensor([start], dtype=torch.int32, device=device)
     store_latents(queries, kv.to(device), norm.to(device), flat.to(device), at, cache, nope=nope, epsilon=1e-6)
     own = turns[start : start + tokens]
