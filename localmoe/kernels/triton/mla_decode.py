@@ -75,9 +75,7 @@ def decode_kernel(
             mixed = tl.dot(power.to(DOT), latent, mixed * shrink[:, None], input_precision="ieee")
             top = higher
         place = row * SPLITS + split
-        tl.store(
-            partial + place[:, None] * RANK + at[None, :], mixed, mask=in_heads[:, None] & in_rank[None, :]
-        )
+        tl.store(partial + place[:, None] * RANK + at[None, :], mixed, mask=in_heads[:, None] & in_rank[None, :])
         tl.store(largest + place, top, mask=in_heads)
         tl.store(sums + place, total, mask=in_heads)
 

@@ -73,8 +73,16 @@ def _limit_to_groups(
 
 
 def route(
-    logits: Tensor, bias: Tensor | None, expert_ids: Tensor, weights: Tensor, *,
-    groups: int, top_groups: int, sigmoid: bool, normalise: bool, factor: float,
+    logits: Tensor,
+    bias: Tensor | None,
+    expert_ids: Tensor,
+    weights: Tensor,
+    *,
+    groups: int,
+    top_groups: int,
+    sigmoid: bool,
+    normalise: bool,
+    factor: float,
 ) -> None:
     """float32 logits [T, E] -> expert_ids int32 [T, k] and weights float32 [T, k], as `localmoe.model.moe.Router`.
 

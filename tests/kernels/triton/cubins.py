@@ -49,7 +49,12 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
     """Name, kernel, constants, kind of weights, warps, stages."""
     knobs = launch.Launch()
     vector = {"BLOCK_N": knobs.matvec_rows, "BLOCK_K": knobs.matvec_columns}
-    tile = {"BLOCK_M": 128, "BLOCK_N": knobs.matmul_rows, "BLOCK_K": knobs.matmul_columns, "DOT": tl.bfloat16}
+    tile = {
+        "BLOCK_M": knobs.matmul_tokens,
+        "BLOCK_N": knobs.matmul_rows,
+        "BLOCK_K": knobs.matmul_columns,
+        "DOT": tl.bfloat16,
+    }
     heads = {
         "RANK": 512, "NOPE": 128, "ROPE": 64, "SPLITS": 128, "BLOCK_H": 16, "BLOCK_S": knobs.decode_keys,
         "BLOCK_R": 512, "BLOCK_P": 64, "DOT": tl.bfloat16,
@@ -64,7 +69,10 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
     mv, mm = (knobs.matvec_warps, 3), (knobs.matmul_warps, knobs.matmul_stages)
     attention = (knobs.decode_warps, knobs.decode_stages)
     return [
-        *((f"matvec {k}", matvec.matvec_kernel, {"KIND": k, "GROUP": 32, "ADD": True} | vector, k, *mv) for k in (1, 2)),
+        *(
+            (f"matvec {k}", matvec.matvec_kernel, {"KIND": k, "GROUP": 32, "ADD": True} | vector, k, *mv)
+            for k in (1, 2)
+        ),
         *((f"matmul {k}", matmul.matmul_kernel, {"KIND": k, "GROUP": 32} | tile, k, *mm) for k in (1, 2)),
         ("matvec nf4", matvec.matvec_kernel, {"KIND": 3, "GROUP": 64, "ADD": False} | vector, 3, *mv),
         ("gate and up", experts.gate_up_kernel, form | {"OCTETS": True} | vector, 1, *mv),

@@ -81,7 +81,9 @@ def test_matmul(form: str, tokens: int, rows: int, columns: int, matrix: Make, d
 @pytest.mark.parametrize("form", FORMS)
 def test_experts_with_a_slot_are_added_and_the_others_left_out(form: str, matrix: Make, device: torch.device) -> None:
     hidden, inner, top = 128, 192, 3
-    experts = [(matrix(form, inner, hidden), matrix(form, inner, hidden), matrix(form, hidden, inner)) for _ in range(4)]
+    experts = [
+        (matrix(form, inner, hidden), matrix(form, inner, hidden), matrix(form, hidden, inner)) for _ in range(4)
+    ]
     slots = torch.tensor([2, -1, 0, 3, 1], dtype=torch.int32)  # of experts 0 to 4
     gate, up, down = (upload([expert[part] for expert in experts], device) for part in range(3))
     x, weights = torch.randn(3, hidden), torch.rand(3, top)
@@ -98,7 +100,9 @@ def test_experts_with_a_slot_are_added_and_the_others_left_out(form: str, matrix
     def run(rows: slice) -> Tensor:
         room = torch.full((len(ids[rows]) * top, inner), float("nan"), device=device)
         chosen, scales = ids[rows].to(device), weights[rows].to(device)
-        return add_experts(vectors[rows], stack, chosen, scales, room, base[rows].clone().to(device), launch_for(device))
+        return add_experts(
+            vectors[rows], stack, chosen, scales, room, base[rows].clone().to(device), launch_for(device)
+        )
 
     together = run(slice(0, 3))
     assert_near(together, wanted, 1e-5)
