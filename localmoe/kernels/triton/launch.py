@@ -45,7 +45,7 @@ _INTERPRETER = Launch(
 
 
 def launch_for(device: torch.device) -> Launch:
-    """The knobs for a CUDA device, those of the nearest older architecture where it is unknown, or the interpreter's."""
+    """The knobs for a CUDA device (an unknown one takes the nearest older one's), or the interpreter's."""
     if device.type != "cuda":
         return _INTERPRETER
     capability = torch.cuda.get_device_capability(device)

@@ -94,5 +94,6 @@ def route(
         logits, logits if bias is None else bias, expert_ids, weights, logits.stride(0), factor,
         COUNT=logits.shape[1], TOP=expert_ids.shape[1], GROUPS=groups, TOP_GROUPS=top_groups, SIGMOID=sigmoid,
         BIASED=bias is not None, NORMALISE=normalised, SCALE=bias is not None or not normalised,
-        BLOCK=triton.next_power_of_2(logits.shape[1]), TOP_BLOCK=triton.next_power_of_2(expert_ids.shape[1]), num_warps=1,
+        BLOCK=triton.next_power_of_2(logits.shape[1]), TOP_BLOCK=triton.next_power_of_2(expert_ids.shape[1]),
+        num_warps=1,
     )  # fmt: skip

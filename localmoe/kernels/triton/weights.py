@@ -19,7 +19,7 @@ _DENSE, _INT4, _INT8, _NF4 = range(4)  # as unpack.py numbers them
 
 @dataclass(frozen=True)
 class DeviceMatrix:
-    """`count` matrices [out, in] one after the other. `values` are [count * out, words], `scales` [count * out, groups].
+    """`count` matrices [out, in], stacked. `values` are [count * out, words], `scales` [count * out, groups].
 
     `table` holds NF4's sixteen values; of the other forms it, and a dense one's `scales`, is a placeholder.
     """

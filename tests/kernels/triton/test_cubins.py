@@ -19,7 +19,7 @@ MOST_SPILLED = 1024  # bytes; the matrix product and the int8 cache's attention 
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [(80, "matvec 1"), (86, "gate and up"), (89, "matmul 1"), (90, "decode 1"), (120, "decode 0")],
+    [(80, "matvec 1"), (86, "norm"), (89, "down"), (90, "latent 1"), (120, "decode 0")],
 )
 def test_cubin(capability: int, name: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
