@@ -77,7 +77,8 @@ def _parts(weight: Weight) -> tuple[int, int, Tensor, Tensor]:
 
 def octets(x: Tensor) -> Tensor:
     """[..., n] in the order that a matrix of quantized words wants; 8 must divide n."""
-    return x.unflatten(-1, (-1, 8)).transpose(-1, -2).flatten(-2).contiguous()
+    ordered: Tensor = x.unflatten(-1, (-1, 8)).transpose(-1, -2).flatten(-2)
+    return ordered.contiguous()
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
