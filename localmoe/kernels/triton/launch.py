@@ -25,7 +25,7 @@ class Launch:
     matmul_stages: int = 2
     decode_keys: int = 32  # of the context, at a time
     decode_programs: int = 128  # split-K: shares of a row's context times blocks of heads. Changes a result's bits
-    decode_warps: int = 4
+    decode_warps: int = 8  # with 4 an int8 cache's kernel spills registers
     decode_stages: int = 1
     dot: torch.dtype = torch.bfloat16  # operands of tensor-core products; sums are float32
 

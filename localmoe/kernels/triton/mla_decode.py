@@ -6,6 +6,8 @@ from the row's own position. So its result has the same bits for 1 to 8 rows, an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -106,30 +108,61 @@ def merge_kernel(
     tl.store(out + row * RANK + at, mixed / total, mask=inside)
 
 
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Where the shares of a context wait to be merged: float32 partial [T, A, splits, r], largest and sums [T, A, splits].
+
+    One serves every layer and any number of rows up to T: nothing in it outlives an `attend`.
+    """
+
+    partial: Tensor
+    largest: Tensor
+    sums: Tensor
+
+
+def new_workspace(tokens: int, heads: int, rank: int, launch: Launch, device: torch.device) -> DecodeWorkspace:
+    """Room for up to `tokens` rows of `heads` heads. Made once: what it is for never allocates."""
+    splits = max(1, launch.decode_programs // triton.cdiv(heads, _HEADS))
+    partial = torch.empty(tokens, heads, splits, rank, dtype=torch.float32, device=device)
+    largest, sums = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=device)
+    return DecodeWorkspace(partial, largest, sums)
+
+
 def attend(
-    q_latent: Tensor, q: Tensor, cache: Tensor, start: Tensor, out: Tensor, launch: Launch, *, nope: int, scale: float
+    q_latent: Tensor,
+    q: Tensor,
+    cache: Tensor,
+    start: Tensor,
+    workspace: DecodeWorkspace,
+    out: Tensor,
+    launch: Launch,
+    *,
+    nope: int,
+    scale: float,
 ) -> Tensor:
-    """Each row t attends to rows 0 to start + t of the cache: float32 [T, A, r], the weighted sum of latents.
+    """Each row t attends to rows 0 to start + t of the cache: out float32 [T, A, r], the weighted sum of latents.
 
     q_latent float32 [T, A, r], the query folded through k_b; q float32 [T, A, n + p], of which the rotated part is
-    used; cache and start as for `store_latents`; `scale` multiplies the scores.
+    used; cache and start as for `store_latents`; `scale` multiplies the scores. Allocates nothing. Raises ValueError
+    for a workspace made for fewer rows or for other heads.
     """
     tokens, heads, rank = q_latent.shape
     rope = q.shape[2] - nope
     packed = check_packed(cache, rank, rope)
-    blocks = triton.cdiv(heads, _HEADS)
-    splits = max(1, launch.decode_programs // blocks)
-    partial = torch.empty(tokens, heads, splits, rank, dtype=torch.float32, device=q.device)
-    largest, sums = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=q.device)
+    rows, *widths = workspace.partial.shape
+    splits = widths[1]
+    if rows < tokens or (widths[0], widths[2]) != (heads, rank):
+        raise ValueError(f"a workspace of {[rows, *widths]} does not serve {tokens} rows of {heads} heads of {rank}")
     block_r = max(16, triton.next_power_of_2(rank))
-    decode_kernel[(tokens, blocks, splits)](
-        q_latent, q, cache, cache, start, partial, largest, sums, heads, q.stride(0), cache.stride(0), scale,
+    decode_kernel[(tokens, triton.cdiv(heads, _HEADS), splits)](
+        q_latent, q, cache, cache, start, workspace.partial, workspace.largest, workspace.sums,
+        heads, q.stride(0), cache.stride(0), scale,
         RANK=rank, NOPE=nope, ROPE=rope, PACKED=packed, SPLITS=splits, BLOCK_H=_HEADS, BLOCK_S=launch.decode_keys,
         BLOCK_R=block_r, BLOCK_P=max(16, triton.next_power_of_2(rope)), DOT=triton_dtype(launch.dot),
         num_warps=launch.decode_warps, num_stages=launch.decode_stages,
     )  # fmt: skip
     merge_kernel[(tokens, heads)](
-        partial, largest, sums, start, out, heads,
+        workspace.partial, workspace.largest, workspace.sums, start, out, heads,
         RANK=rank, SPLITS=splits, BLOCK_S=launch.decode_keys, BLOCK_R=block_r, num_warps=4,
     )  # fmt: skip
     return out

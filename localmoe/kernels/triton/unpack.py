@@ -19,13 +19,14 @@ def element(word, table, i: tl.constexpr, KIND: tl.constexpr):
     """Element `i` (0 to 7) of every word, float32, before its scale."""
     if KIND == NF4:
         # byte i // 2 of the word, high nibble first
-        index = (word >> (8 * (i // 2) + 4 * (1 - i % 2))) & 15
-        return tl.load(table + index)
-    if KIND == INT4:
+        number = tl.load(table + ((word >> (8 * (i // 2) + 4 * (1 - i % 2))) & 15))
+    elif KIND == INT4:
         bits = ((word >> (4 * i)) & 15) | _MAGIC
-        return bits.to(tl.float32, bitcast=True) - 8388616.0
-    bits = ((word >> (8 * i)) & 255).to(tl.int32) | _MAGIC
-    return bits.to(tl.float32, bitcast=True) - 8388736.0
+        number = bits.to(tl.float32, bitcast=True) - 8388616.0
+    else:
+        bits = ((word >> (8 * i)) & 255).to(tl.int32) | _MAGIC
+        number = bits.to(tl.float32, bitcast=True) - 8388736.0
+    return number
 
 
 @triton.jit
