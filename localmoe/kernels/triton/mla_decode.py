@@ -110,7 +110,7 @@ def merge_kernel(
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Where the shares of a context wait to be merged: float32 partial [T, A, splits, r], largest and sums [T, A, splits].
+    """Where a context's shares wait to be merged, float32: partial [T, A, splits, r], largest and sums [T, A, splits].
 
     One serves every layer and any number of rows up to T: nothing in it outlives an `attend`.
     """

@@ -38,10 +38,21 @@ def tile(
 
     `values` and `scales` are the matrix's own, `rows` int64 [BLOCK_N], `length` its number of columns.
     """
+    # Both branches end in one return: what follows a return inside an `if` is compiled all the same
     if KIND == DENSE:
         columns = start + tl.arange(0, BLOCK_K)
         inside = rows_ok[:, None] & (columns < length)[None, :]
-        return tl.load(values + rows[:, None] * length + columns[None, :], mask=inside, other=0.0).to(DOT)
+        result = tl.load(values + rows[:, None] * length + columns[None, :], mask=inside, other=0.0).to(DOT)
+    else:
+        result = _packed_tile(values, scales, table, rows, rows_ok, start, length, KIND, GROUP, BLOCK_N, BLOCK_K, DOT)
+    return result
+
+
+@triton.jit
+def _packed_tile(
+    values, scales, table, rows, rows_ok, start, length,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     words = length // 8
     word_at = start // 8 + tl.arange(0, BLOCK_K // 8)
     inside = rows_ok[:, None] & (word_at < words)[None, :]
@@ -76,15 +87,30 @@ def row_products(
     multiplied by its scale.
     """
     if KIND == DENSE:
-        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(0, length, BLOCK_K):
-            columns = start + tl.arange(0, BLOCK_K)
-            known = columns < length
-            weight = tl.load(
-                values + rows[:, None] * length + columns[None, :], mask=rows_ok[:, None] & known[None, :], other=0.0
-            )
-            total += weight.to(tl.float32) * tl.load(x + columns, mask=known, other=0.0).to(tl.float32)[None, :]
-        return tl.sum(total, axis=1)
+        result = _dense_products(x, values, rows, rows_ok, length, BLOCK_N, BLOCK_K)
+    else:
+        result = _packed_products(x, values, scales, table, rows, rows_ok, length, KIND, GROUP, BLOCK_N, BLOCK_K)
+    return result
+
+
+@triton.jit
+def _dense_products(x, values, rows, rows_ok, length, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, length, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        known = columns < length
+        weight = tl.load(
+            values + rows[:, None] * length + columns[None, :], mask=rows_ok[:, None] & known[None, :], other=0.0
+        )
+        total += weight.to(tl.float32) * tl.load(x + columns, mask=known, other=0.0).to(tl.float32)[None, :]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _packed_products(
+    x, values, scales, table, rows, rows_ok, length,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     words = length // 8
     groups = length // GROUP
     total = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)

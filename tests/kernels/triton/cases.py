@@ -259,7 +259,8 @@ def small_cases() -> dict[str, dict[str, Case]]:
         "norm": {f"width {w}": partial(check_norm, w) for w in (64, 200)},
         "router": {name: partial(check_router, changes, tokens=3) for name, changes in _ROUTERS.items()},
         "latents": {name: partial(check_latents, name, 5, 12, 24, 8) for name in CACHES},
-        "decode": {f"{c} at {s}, {h} heads": partial(check_decode, c, s, h) for c in CACHES for s, h in ((0, 4), (75, 20))}
+        "decode": {f"{c} at {s}, {h} heads": partial(check_decode, c, s, h) for c in CACHES
+                   for s, h in ((0, 4), (75, 20))}
         | {"bf16 at 130": partial(check_decode, "bf16", 130, 4)}
         | {f"{c} 1 and 8 rows": partial(check_decode, c, 40, 4, tokens=8) for c in ("bf16", "int8")},
     }  # fmt: skip
