@@ -1,0 +1,53 @@
+"""How the kernels are launched: every knob in one table. Nothing is tuned while a model runs.
+
+None of these was timed on a GPU yet: they are chosen so that a program's shared memory stays below the 99 KiB of
+consumer cards (tests/kernels/triton/test_cubins.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rows are of the weight matrix, columns of its input."""
+
+    matvec_rows: int = 8
+    matvec_columns: int = 1024
+    matvec_warps: int = 4
+    matmul_tokens: int = 64
+    matmul_rows: int = 64
+    matmul_columns: int = 128
+    matmul_warps: int = 8
+    matmul_stages: int = 2
+    decode_keys: int = 32  # of the context, at a time
+    decode_programs: int = 128  # split-K: shares of a row's context times blocks of heads. Changes a result's bits
+    decode_warps: int = 8  # with 4 an int8 cache's kernel spills registers
+    decode_stages: int = 1
+    dot: torch.dtype = torch.bfloat16  # operands of tensor-core products; sums are float32
+
+
+_DEFAULT = Launch()
+_TABLE: dict[tuple[int, int], Launch] = {
+    (8, 0): _DEFAULT,
+    (8, 6): _DEFAULT,
+    (8, 9): _DEFAULT,
+    (9, 0): replace(_DEFAULT, decode_programs=256),
+    (12, 0): replace(_DEFAULT, decode_programs=256),
+}
+# One program does the work of many: the interpreter's time goes by operations. It multiplies float32 only.
+_INTERPRETER = Launch(
+    matvec_rows=64, matvec_columns=256, matmul_tokens=16, decode_keys=16, decode_programs=4, dot=torch.float32
+)
+
+
+def launch_for(device: torch.device) -> Launch:
+    """The knobs for a CUDA device (an unknown one takes the nearest older one's), or the interpreter's."""
+    if device.type != "cuda":
+        return _INTERPRETER
+    capability = torch.cuda.get_device_capability(device)
+    known = [key for key in _TABLE if key <= capability]
+    return _TABLE[max(known)] if known else _DEFAULT

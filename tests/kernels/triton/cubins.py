@@ -1,0 +1,151 @@
+"""Compile kernels to cubins and print what they take, a JSON object a line. Needs no GPU. Shapes are V2-Lite's.
+
+    python tests/kernels/triton/cubins.py "matvec int4@80" norm@120     these kernels for these compute capabilities
+    python tests/kernels/triton/cubins.py all                           every kernel for every one: two minutes
+    python tests/kernels/triton/cubins.py all --table                   the same as docs/benchmarks.md has it
+
+A program of its own because TRITON_INTERPRET, which the tests set, must not be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from localmoe.kernels.triton import experts, latent, launch, matmul, matvec, mla_decode, norm, router
+
+WEIGHTS = {0: ("*bf16", "*fp32"), 1: ("*i32", "*bf16"), 2: ("*i64", "*bf16"), 3: ("*i32", "*fp32")}  # by kind
+FORMS = ("bf16", "int4", "int8", "nf4")  # as the kernels number them
+CAPABILITIES = (80, 86, 89, 90, 120)
+POINTERS = {"expert_ids": "*i32", "slots": "*i32", "start": "*i32", "cache_bytes": "*u8"}
+INTEGERS = {"length", "height", "width", "tokens", "heads", "top"}
+
+
+def signature(kernel: Any, constants: dict[str, Any], kind: int) -> dict[str, str]:
+    """The type of every argument, from its name."""
+    values, scales = WEIGHTS[kind]
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in INTEGERS or name.endswith("_stride"):
+            types[name] = "i32"
+        elif name in ("epsilon", "scale", "factor"):
+            types[name] = "fp32"
+        elif name in ("values", "gate", "up", "down"):
+            types[name] = values
+        elif name.endswith("scales"):
+            types[name] = scales
+        else:
+            types[name] = POINTERS.get(name, "*bf16" if name == "cache" else "*fp32")
+    return types
+
+
+def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
+    """Name, kernel, constants, kind of weights, warps, stages."""
+    knobs = launch.Launch()
+    vector = {"BLOCK_N": knobs.matvec_rows, "BLOCK_K": knobs.matvec_columns}
+    tile = {
+        "BLOCK_M": knobs.matmul_tokens,
+        "BLOCK_N": knobs.matmul_rows,
+        "BLOCK_K": knobs.matmul_columns,
+        "DOT": tl.bfloat16,
+    }
+    heads = {
+        "RANK": 512, "NOPE": 128, "ROPE": 64, "SPLITS": 128, "BLOCK_H": 16, "BLOCK_S": knobs.decode_keys,
+        "BLOCK_R": 512, "BLOCK_P": 64, "DOT": tl.bfloat16,
+    }  # fmt: skip
+    route = {
+        "COUNT": 256, "TOP": 8, "GROUPS": 8, "TOP_GROUPS": 4, "SIGMOID": True, "BIASED": True, "NORMALISE": True,
+        "SCALE": True, "BLOCK": 256, "TOP_BLOCK": 8,
+    }  # fmt: skip
+    store = {"RANK": 512, "NOPE": 128, "ROPE": 64, "BLOCK_R": 512, "BLOCK_P": 32}
+    merge = {"RANK": 512, "SPLITS": 128, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 512}
+    mv, mm = (knobs.matvec_warps, 3), (knobs.matmul_warps, knobs.matmul_stages)
+    attention = (knobs.decode_warps, knobs.decode_stages)
+    forms = [(name, kind, {"KIND": kind, "GROUP": 64 if kind == 3 else 32}) for kind, name in enumerate(FORMS)]
+    caches = (("bf16", {"PACKED": False}), ("int8", {"PACKED": True}))
+    return [
+        *((f"matvec {name}", matvec.matvec_kernel, form | {"ADD": True} | vector, k, *mv) for name, k, form in forms),
+        *((f"matmul {name}", matmul.matmul_kernel, form | tile, k, *mm) for name, k, form in forms),
+        *(
+            (f"gate and up {name}", experts.gate_up_kernel, form | {"OCTETS": k > 0} | vector, k, *mv)
+            for name, k, form in forms
+        ),
+        *((f"down {name}", experts.down_kernel, form | vector, k, *mv) for name, k, form in forms),
+        ("norm", norm.norm_kernel, {"ADD": True, "OCTETS": True, "BLOCK": 2048}, 0, 4, 3),
+        ("router", router.router_kernel, route, 0, 1, 3),
+        *((f"latents {name}", latent.latent_kernel, store | cache, 0, 4, 3) for name, cache in caches),
+        *((f"decode {name}", mla_decode.decode_kernel, heads | cache, 0, *attention) for name, cache in caches),
+        ("merge", mla_decode.merge_kernel, merge, 0, 4, 3),
+    ]
+
+
+def spilled(ptx: str, capability: int) -> int | None:
+    """Bytes of registers spilled, as ptxas says, or None where it cannot be asked."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    architecture = re.search(r"\.target (\w+)", ptx)
+    if not ptxas.exists() or architecture is None:
+        return None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(ptxas), "-v", f"-arch={architecture[1]}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    found = re.search(r"(\d+) bytes spill stores", said)
+    return int(found[1]) if found else None
+
+
+def compiled(case: tuple[str, Any, dict[str, Any], int, int, int], capability: int) -> dict[str, Any]:
+    """Name, capability, bytes of the cubin, bytes of shared memory a program takes, bytes of registers spilled."""
+    name, kernel, constants, kind, warps, stages = case
+    types = signature(kernel, constants, kind)
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, argument in enumerate(kernel.arg_names)
+        if types[argument].startswith("*") or argument in ("length", "height") or argument.endswith("_stride")
+    }
+    source = ASTSource(kernel, types, constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    found = {"name": name, "capability": capability, "bytes": len(made.asm["cubin"])}
+    return found | {"shared": made.metadata.shared, "spilled": spilled(made.asm["ptx"], capability)}
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: a kernel a line, a capability a column, each "shared KiB / spilled bytes"."""
+    lines = ["| kernel | " + " | ".join(f"{c // 10}.{c % 10}" for c in CAPABILITIES) + " |"]
+    lines.append("| --- |" + " --- |" * len(CAPABILITIES))
+    for name in dict.fromkeys(each["name"] for each in found):
+        cells = [f"{each['shared'] / 1024:.3g} / {each['spilled']}" for each in found if each["name"] == name]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    wanted = [each for each in sys.argv[1:] if each != "--table"]
+    known = {case[0]: case for case in cases()}
+    if wanted == ["all"]:
+        wanted = [f"{name}@{capability}" for name in known for capability in CAPABILITIES]
+    found = []
+    for each in wanted:
+        name, _, capability = each.partition("@")
+        found.append(compiled(known[name], int(capability)))
+        if "--table" not in sys.argv:
+            print(json.dumps(found[-1]), flush=True)
+    if "--table" in sys.argv:
+        print(table(found))
+
+
+if __name__ == "__main__":
+    main()
