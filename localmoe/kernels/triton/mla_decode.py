@@ -143,8 +143,9 @@ def attend(
     """Each row t attends to rows 0 to start + t of the cache: out float32 [T, A, r], the weighted sum of latents.
 
     q_latent float32 [T, A, r], the query folded through k_b; q float32 [T, A, n + p], of which the rotated part is
-    used; cache and start as for `store_latents`; `scale` multiplies the scores. Allocates nothing. Raises ValueError
-    for a workspace made for fewer rows or for other heads.
+    used; cache and start as for `store_latents`; `scale` multiplies the scores. Allocates nothing. A float32 cache of a
+    large rank wants more shared memory than consumer cards have. Raises ValueError for a workspace made for fewer rows
+    or for other heads.
     """
     tokens, heads, rank = q_latent.shape
     rope = q.shape[2] - nope

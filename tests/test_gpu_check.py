@@ -1,0 +1,110 @@
+"""`scripts/gpu_check` where there is no GPU: its steps in tiny on Triton's interpreter, and how it fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+
+
+@pytest.fixture(scope="module")
+def sections() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_sections", SCRIPTS / "gpu_sections.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_sections"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def gpu_check(*arguments: str) -> tuple[int, list[str], dict[str, Any]]:
+    """Exit status, lines, and the JSON object of the last one."""
+    command = [sys.executable, str(SCRIPTS / "gpu_check"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines, done.stderr
+    return done.returncode, lines, json.loads(lines[-1])
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    ("name", "count", "figures"),
+    [
+        ("bandwidth", 3, ("gbps",)),
+        ("matvec", 4, ("eager_us", "gbps", "share")),
+        ("matmul", 5, ("eager_us", "tflops")),
+        ("experts", 4, ("eager_us", "gbps", "share")),
+        ("decode", 2, ("eager_us", "gbps", "share")),
+    ],
+)
+def test_timings(name: str, count: int, figures: tuple[str, ...], sections: ModuleType) -> None:
+    rows = list(getattr(sections, name)(sections.Bench("cpu")))
+    assert len(rows) == count
+    for row in rows:
+        assert "error" not in row
+        assert all(row[figure] > 0 for figure in figures)
+
+
+@needs_no_gpu
+def test_a_case_that_fails_is_a_row(sections: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(device: torch.device) -> None:
+        raise AssertionError(f"off on {device}")
+
+    cases = ModuleType("cases")
+    monkeypatch.setattr(cases, "small_cases", lambda: {"norm": {"a": wrong, "b": lambda device: None}}, raising=False)
+    monkeypatch.setattr(sections, "load_cases", lambda: cases)
+    rows = list(sections.check(sections.Bench("cpu"), "norm"))
+    assert rows == [{"case": "a", "error": "AssertionError: off on cpu"}, {"case": "b"}]
+
+
+@needs_no_gpu
+def test_matrices_are_as_upload_makes_them(sections: ModuleType) -> None:
+    cases = sections.load_cases()
+    for form in sections.FORMS:
+        uploaded = cases.upload([cases.random_matrix(form, 16, 128)] * 2, torch.device("cpu"))
+        made = sections.Bench("cpu").matrix(form, 16, 128, 2)
+        assert (made.kind, made.group, made.count, made.nbytes) == (
+            uploaded.kind, uploaded.group, uploaded.count, uploaded.nbytes,
+        )  # fmt: skip
+        assert (made.values.dtype, made.values.shape) == (uploaded.values.dtype, uploaded.values.shape)
+        if made.octets:
+            assert (made.scales.dtype, made.scales.shape) == (uploaded.scales.dtype, uploaded.scales.shape)
+
+
+def test_on_the_interpreter() -> None:
+    status, lines, result = gpu_check("--device", "cpu", "--sections", "environment,check-norm")
+    assert status == 0, lines
+    assert result["failed"] == []
+    assert result["sections"]["check-norm"]["passed"] == result["sections"]["check-norm"]["cases"] == 2
+    assert result["sections"]["environment"]["rows"][0][1] == torch.__version__
+
+
+@needs_no_gpu
+def test_sections_fail_one_by_one() -> None:
+    status, _, result = gpu_check("--sections", "environment,bandwidth")
+    assert status == 1
+    assert result["failed"] == ["environment", "bandwidth"]
+    for section in result["sections"].values():
+        assert section["status"] == "failed"
+        assert "CUDA" in section["said"] or "NVIDIA" in section["said"]
+
+
+def test_out_of_time_and_unknown_sections() -> None:
+    status, _, result = gpu_check("--device", "cpu", "--sections", "environment,matvec", "--seconds", "0")
+    assert status == 1
+    assert {section["status"] for section in result["sections"].values()} == {"out of time"}
+    command = [sys.executable, str(SCRIPTS / "gpu_check"), "--sections", "no-such"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no section is named no-such" in done.stderr
