@@ -5,27 +5,58 @@ Exit statuses: 0 done; 1 the work failed; 2 wrong usage; 130 interrupted; 141 th
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from localmoe.cli import streams
-from localmoe.cli.bench import bench
-from localmoe.cli.chat import chat
-from localmoe.cli.doctor import doctor
-from localmoe.cli.evaluate import evaluate
 from localmoe.cli.failure import READER_GONE, describe, hint
-from localmoe.cli.models import list_models, pull, remove, verify
-from localmoe.cli.plan import plan
-from localmoe.cli.quantize import quantize
-from localmoe.cli.run import run
-from localmoe.cli.show import show
+
+COMMANDS = {  # name: its module in localmoe.cli, its function there, what the list of commands says
+    "run": ("run", "run", "Ask one thing; the answer alone on stdout."),
+    "chat": ("chat", "chat", "Talk with a model."),
+    "pull": ("models", "pull", "Download a model, every file checked."),
+    "quantize": ("quantize", "quantize", "Make a 4-bit model of a source."),
+    "eval": ("evaluate", "evaluate", "Perplexity, and the distance to the source."),
+    "bench": ("bench", "bench", "Tokens/s, and where the time goes."),
+    "plan": ("plan", "plan", "Where every part goes, and the speed to expect."),
+    "doctor": ("doctor", "doctor", "This machine: how fast, and what would help."),
+    "list": ("models", "list_models", "The models here, and those to pull."),
+    "show": ("show", "show", "What a model is, and what 4 bits cost it."),
+    "verify": ("models", "verify", "Check every file's hash."),
+    "rm": ("models", "remove", "Delete a quantized model."),
+}
+
+
+class _Commands(TyperGroup):
+    """The commands, each imported when it is called: --help and a command wait for no other command's code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, function, summary = COMMANDS[cmd_name]
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        alone.command(cmd_name, short_help=summary)(
+            getattr(importlib.import_module(f"localmoe.cli.{module}"), function)
+        )
+        return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
+
 
 app = typer.Typer(
     name="localmoe",
+    cls=_Commands,
     help="Run DeepSeek-style Mixture-of-Experts models, at 4 bits, on one PC.",
     epilog="To begin: localmoe run demo 'Tell me a story about a dragon'",
     add_completion=False,
@@ -33,21 +64,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for name, function, summary in (
-    ("run", run, "Ask one thing; the answer alone on stdout."),
-    ("chat", chat, "Talk with a model."),
-    ("pull", pull, "Download a model, every file checked."),
-    ("quantize", quantize, "Make a 4-bit model of a source."),
-    ("eval", evaluate, "Perplexity, and the distance to the source."),
-    ("bench", bench, "Tokens/s, and where the time goes."),
-    ("plan", plan, "Where every part goes, and the speed to expect."),
-    ("doctor", doctor, "This machine: how fast, and what would help."),
-    ("list", list_models, "The models here, and those to pull."),
-    ("show", show, "What a model is, and what 4 bits cost it."),
-    ("verify", verify, "Check every file's hash."),
-    ("rm", remove, "Delete a quantized model."),
-):
-    app.command(name, short_help=summary)(function)
 
 
 def _version(wanted: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import fcntl
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +17,8 @@ import pytest
 REAL = (sys.executable, "-m", "localmoe")
 
 
-def test_help_is_quick_and_imports_no_torch(program):
+def test_help_imports_nothing_heavy(program):
+    """What makes --help quick; scripts and docs/benchmarks.md time it, on a machine that does nothing else."""
     code = (
         "import sys; from localmoe.cli.app import main; status = main(['--help']);"
         "heavy = [m for m in ('torch', 'numpy', 'rich', 'prompt_toolkit', 'huggingface_hub', 'tokenizers')"
@@ -28,14 +28,6 @@ def test_help_is_quick_and_imports_no_torch(program):
     outcome = program.run(text=True)
     assert outcome.returncode == 0
     assert "HEAVY []" in outcome.stdout
-    program.command = REAL
-    seconds = []  # of processor time: the wall clock depends on what else the machine does
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert program.run("--help").returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.3
 
 
 def test_version(program):
