@@ -48,6 +48,13 @@ class ExpertProducts:
             return self._backend.experts(self._native, hidden, expert_ids, weights)
         return self._grouped(hidden, expert_ids, weights)
 
+    def complete(self) -> bool:
+        """Look up all experts that are not yet; whether native kernels have every one of them."""
+        for expert, held in enumerate(self._held):
+            if held is None:
+                self._hold(expert)
+        return self._native is not None
+
     def job(
         self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, slots: Tensor, result: Tensor
     ) -> _cpu.ExpertJob | None:
@@ -56,10 +63,7 @@ class ExpertProducts:
         hidden and result float32 [T, H], expert_ids int32 [T, k], weights float32 [T, k], slots int32 [E], -1 for the
         experts that the job computes. None where there is no native kernel.
         """
-        for expert, held in enumerate(self._held):
-            if held is None:
-                self._hold(expert)
-        if self._native is None or self._backend is None:
+        if not self.complete() or self._native is None or self._backend is None:
             return None
         return self._backend.job(self._native, hidden, expert_ids, weights, slots, result)
 

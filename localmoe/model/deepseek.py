@@ -89,6 +89,10 @@ class Model:
         self._head = Linear(source, "model.embed_tokens" if config.tie_word_embeddings else "lm_head", kernels)
         self._head_time = kernels.profile.part("head")
 
+    def new_cache(self, capacity: int) -> LatentCache:
+        """An empty cache of up to `capacity` tokens."""
+        return LatentCache(self.config, capacity, self._kernels.cache_dtype)
+
     def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
         """Run `token_ids` int64 [T] after the tokens in `cache`, which then holds them too.
 

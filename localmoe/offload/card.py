@@ -1,4 +1,4 @@
-"""Routed experts of the card's layers: some in slots on the card, the others computed on the CPU where they are mapped."""
+"""Routed experts of the card's layers: some in slots there, the others computed on the CPU where they are mapped."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ class LayerExperts:
                 for stack, weight in zip(stacks, look_up(expert), strict=True):
                     stack.put(slot, weight)
                 self._slots[expert] = slot
-            self._stack = ExpertStack(*stacks, self._slots.to(device))
+            gate, up, down = stacks
+            self._stack = ExpertStack(gate, up, down, self._slots.to(device))
         self._cpu: ExpertProducts | None = None
         if len(on_card) < count:
             self._cpu = kernels.experts(count, look_up)
+        self.captures = self._cpu is None or handoff.captures(self._cpu)
 
     def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Start the CPU's experts; see `localmoe.model.card.mlp.RoutedExperts`."""

@@ -45,7 +45,14 @@ _TABLE: dict[tuple[int, int], Launch] = {
 }
 # One program does the work of many: the interpreter's time goes by operations. It multiplies float32 only.
 _INTERPRETER = Launch(
-    matvec_rows=64, matvec_columns=256, fold_columns=128, unfold_columns=128, matmul_tokens=16, decode_keys=16, decode_programs=4, dot=torch.float32
+    matvec_rows=64,
+    matvec_columns=256,
+    fold_columns=128,
+    unfold_columns=128,
+    matmul_tokens=16,
+    decode_keys=16,
+    decode_programs=4,
+    dot=torch.float32,
 )
 
 

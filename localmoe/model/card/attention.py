@@ -22,9 +22,7 @@ from localmoe.model.kv_cache import unpack_int8
 from localmoe.model.layers import WeightSource
 from localmoe.model.mla import LATENT_NORM_EPS
 from localmoe.model.rope import softmax_scale
-
-PREFILL_BYTES = 256 << 20
-"""What a prompt's keys, values and scores may take at a time: as many heads as fit, at least one."""
+from localmoe.model.sizes import PREFILL_BYTES, SCORE_BYTES
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,7 @@ class CardAttention:
         )  # fmt: skip
         values = rows.values[:count]
         wants_octets = self._output.matrix.octets
-        unfold_values(
-            rows.attended[:count], self._expand, values, launch, nope=nope, value=value, octets=wants_octets
-        )
+        unfold_values(rows.attended[:count], self._expand, values, launch, nope=nope, value=value, octets=wants_octets)
         self._output.few(Vectors(values, values), rows.delta[:count], launch)
 
     def many(self, x: Tensor, cache: Tensor, start: int, place: Tensor, rotations: Tensor) -> Tensor:
@@ -114,41 +110,42 @@ class CardAttention:
         )  # fmt: skip
         held = cache[: start + tokens]
         held = unpack_int8(held, config.kv_lora_rank) if held.dtype == torch.uint8 else held
-        out = torch.empty(tokens, config.num_attention_heads * config.v_head_dim, device=x.device)
-        future = None if start == 0 else self._past_and_present(tokens, start, x.device)
-        step = self._heads_at_a_time(tokens, len(held))
+        out = torch.empty(tokens, config.num_attention_heads, config.v_head_dim, device=x.device)
+        step = self._heads_at_a_time(len(held))
         for head in range(0, config.num_attention_heads, step):
-            last = min(head + step, config.num_attention_heads)
-            part = self._attend_heads(query[:, head:last].to(launch.dot), held, head, future)
-            out[:, head * config.v_head_dim : last * config.v_head_dim] = part
-        return self._output.many(out, launch)
+            part = slice(head, head + step)
+            keys, values = self._expanded(held, head, min(step, config.num_attention_heads - head))
+            self._attend_heads(query[:, part].to(keys.dtype), keys, values, start, out[:, part])
+        return self._output.many(out.flatten(1), launch)
 
-    def _attend_heads(self, query: Tensor, held: Tensor, head: int, visible: Tensor | None) -> Tensor:
-        """Some heads from `head` on: query [T, h, n + p], held [S, r + p] -> [T, h * v]."""
-        config, launch, heads = self._config, self._launch, query.shape[1]
+    def _expanded(self, held: Tensor, head: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys [S, h, n + p] and values [S, h, v] of some heads from `head` on."""
+        config, launch = self._config, self._launch
         nope, value, rank = config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
         matrix = self._expand.rows(head * (nope + value), (head + heads) * (nope + value))
-        expanded = matmul(held[:, :rank], matrix, new_output(held, matrix), launch).to(query.dtype)
-        expanded = expanded.view(len(held), heads, nope + value)
-        shared = held[:, None, rank:].to(query.dtype).expand(-1, heads, -1)  # [S, h, p]
-        keys = torch.cat((expanded[..., :nope], shared), dim=2)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            expanded[..., nope:].transpose(0, 1)[None],
-            attn_mask=visible,
-            is_causal=visible is None,
-            scale=self._scale,
-        )  # [1, h, T, v]
-        return attended[0].transpose(0, 1).flatten(1).float()
+        both = matmul(held[:, :rank], matrix, new_output(held, matrix), launch).to(launch.dot)
+        both = both.view(len(held), heads, nope + value)
+        shared = held[:, None, rank:].to(launch.dot).expand(-1, heads, -1)  # [S, h, p]
+        return torch.cat((both[..., :nope], shared), dim=2), both[..., nope:]
 
-    @staticmethod
-    def _past_and_present(tokens: int, start: int, device: torch.device) -> Tensor:
-        """bool [T, S], True where a query sees a key."""
-        return torch.ones(tokens, start + tokens, dtype=torch.bool, device=device).tril_(start)
+    def _attend_heads(self, query: Tensor, keys: Tensor, values: Tensor, start: int, out: Tensor) -> None:
+        """Query [T, h, n + p], whose first row stands at `start`, to out [T, h, v]."""
+        tokens, context = len(query), len(keys)
+        step = max(16, SCORE_BYTES // (8 * context))
+        for first in range(0, tokens, step):
+            own = query[first : first + step]
+            seen = start + first + len(own)
+            visible = torch.ones(len(own), seen, dtype=torch.bool, device=query.device).tril_(start + first)
+            out[first : first + step] = F.scaled_dot_product_attention(
+                own.transpose(0, 1)[None],
+                keys[:seen].transpose(0, 1)[None],
+                values[:seen].transpose(0, 1)[None],
+                attn_mask=visible,
+                scale=self._scale,
+            )[0].transpose(0, 1)  # [1, h, T, v]
 
-    def _heads_at_a_time(self, tokens: int, context: int) -> int:
+    def _heads_at_a_time(self, context: int) -> int:
         config = self._config
-        # expanded twice over (float32, then as it is multiplied) with the keys, and scores where nothing fuses them
-        a_head = context * (6 * (config.qk_nope_head_dim + config.v_head_dim) + 2 * config.qk_head_dim + 8 * tokens)
+        # expanded twice over (float32, then as it is multiplied) beside the keys
+        a_head = context * (6 * (config.qk_nope_head_dim + config.v_head_dim) + 2 * config.qk_head_dim)
         return max(1, min(config.num_attention_heads, PREFILL_BYTES // a_head))

@@ -58,6 +58,4 @@ class CardCache(LatentCache):
         if self._latents.holder is not self:
             raise UsageError("another generation has begun on the card; finish one before the next")
         if self.length + count > self.capacity:
-            raise ContextOverflowError(
-                f"the context holds {self.capacity} tokens and {self.length + count} are needed"
-            )
+            raise ContextOverflowError(f"the context holds {self.capacity} tokens and {self.length + count} are needed")

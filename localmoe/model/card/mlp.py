@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localmoe.formats.weights import DenseWeight, dequantize
 from localmoe.kernels.experts import ExpertWeights
 from localmoe.kernels.triton.experts import ExpertStack, add_experts
 from localmoe.kernels.triton.launch import Launch
@@ -23,6 +22,9 @@ from localmoe.model.layers import WeightSource, expert_weights
 
 class RoutedExperts(Protocol):
     """One layer's routed experts, some on the card and some not. Ids are int32 [T, k], weights float32 [T, k]."""
+
+    captures: bool
+    """Whether a CUDA graph can hold its passes of up to 8 rows."""
 
     def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Start what is not computed on the card for up to 8 rows, hidden float32 [T, H]."""
@@ -72,15 +74,18 @@ class CardMoE:
     ) -> None:
         self._config = config
         self._experts = experts
-        # float32 whatever it is stored in: rounded operands would choose other experts
-        gate = dequantize(source.weight(f"{module}.gate"))  # [E, H]
-        self._router = upload([DenseWeight(gate)], device)
+        self._router = upload([source.weight(f"{module}.gate")], device)  # [E, H], never quantized
         self._bias = None
         if config.topk_method == "noaux_tc":
             self._bias = source.tensor(f"{module}.gate.e_score_correction_bias").float().to(device)
         self._shared = None
         if config.n_shared_experts:
             self._shared = CardMlp(expert_weights(source, f"{module}.shared_experts"), device)
+
+    @property
+    def captures(self) -> bool:
+        """As `RoutedExperts.captures`."""
+        return self._experts.captures
 
     def few(self, rows: RowBuffers, count: int, launch: Launch) -> None:
         """From `rows.normed` to `rows.delta`. The CPU's experts run beside the card's."""
@@ -98,7 +103,8 @@ class CardMoE:
 
     def many(self, x: Tensor, launch: Launch) -> Tensor:
         """float32 [T, H] -> [T, H]."""
-        logits = x @ self._router.values.T  # float32: torch uses no TF32 unless it is told to
+        # In float32, for rounded operands would choose other experts; torch uses no TF32 unless it is told to
+        logits = x @ self._router.values.float().T
         ids = torch.empty(len(x), self._config.num_experts_per_tok, dtype=torch.int32, device=x.device)
         weights = torch.empty(ids.shape, device=x.device)
         self._route(logits, ids, weights)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localmoe.errors import UsageError
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.triton.launch import Launch, launch_for
 from localmoe.kernels.triton.matvec import new_output
@@ -20,12 +21,11 @@ from localmoe.model.card.replay import Replay
 from localmoe.model.card.rows import MOST_ROWS, RowBuffers, Vectors
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Block, check_tokens, positions
+from localmoe.model.kv_cache import LatentCache
 from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows, expert_weights
 from localmoe.model.moe import Experts
 from localmoe.model.rope import Rope
-
-_HEAD_ROWS = 64
-"""Rows of a long pass whose logits are on the card at a time: a vocabulary is wide."""
+from localmoe.model.sizes import HEAD_ROWS
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class CardLayer:
             self._mlp = CardMoE(config, source, f"{module}.mlp", experts(layer), device)
         else:
             self._mlp = CardMlp(expert_weights(source, f"{module}.mlp"), device)
+
+    @property
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold `few`."""
+        return not isinstance(self._mlp, CardMoE) or self._mlp.captures
 
     def few(self, rows: RowBuffers, count: int, cache: Tensor, rotations: Tensor, *, first: bool) -> None:
         """Goes on from `rows.stream` plus, unless it is the `first` layer, `rows.delta`, and leaves them so."""
@@ -119,7 +124,7 @@ class CardModel:
         self._card_norm = self._norm.weight.to(device)
         self._latents = CardLatents(config, layout.context, kernels.cache_dtype, range(layout.layers), device)
         self._rows = RowBuffers(config, device, self._launch)
-        self._replay = Replay(device)
+        self._replay = Replay(device, captures=all(layer.captures for layer in self._layers))
         pinned = device.type == "cuda"
         self._staged = torch.empty(MOST_ROWS, config.hidden_size, pin_memory=pinned)
         self._staged_start = torch.empty(1, dtype=torch.int32, pin_memory=pinned)
@@ -134,7 +139,7 @@ class CardModel:
         """An empty cache; the one before can no longer be used."""
         return CardCache(self.config, self._kernels.cache_dtype, self._latents, capacity)
 
-    def forward(self, token_ids: Tensor, cache: CardCache, *, last_only: bool = False) -> Tensor:
+    def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
         """As `Model.forward`; `cache` is from `new_cache`."""
         if self._whole and len(token_ids) <= MOST_ROWS:
             self._few(token_ids, cache)
@@ -145,7 +150,7 @@ class CardModel:
         states = self._states(token_ids, cache)
         return self.logits(states[-1:] if last_only else states)
 
-    def states(self, token_ids: Tensor, cache: CardCache) -> Tensor:
+    def states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """As `Model.states`, in CPU memory."""
         return self._states(token_ids, cache).cpu()
 
@@ -155,8 +160,8 @@ class CardModel:
             if isinstance(self._head, Linear):
                 return self._head(states.cpu())
             logits = torch.empty(len(states), self.config.vocab_size)
-            for start in range(0, len(states), _HEAD_ROWS):
-                part = states[start : start + _HEAD_ROWS].to(self._device)
+            for start in range(0, len(states), HEAD_ROWS):
+                part = states[start : start + HEAD_ROWS].to(self._device)
                 logits[start : start + len(part)] = self._head_rows(self._head, part)
             return logits
 
@@ -171,7 +176,7 @@ class CardModel:
         """Whether the card has all that decode needs."""
         return not self._blocks and isinstance(self._head, CardLinear)
 
-    def _states(self, token_ids: Tensor, cache: CardCache) -> Tensor:
+    def _states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """After the final norm, [T, H], where the last layer is; `cache` has the tokens then."""
         count = len(token_ids)
         if count <= MOST_ROWS:
@@ -193,7 +198,7 @@ class CardModel:
             return self._rows.states.natural[:count].clone()
         return rms_norm(x, self._card_norm, self.config.rms_norm_eps, torch.empty_like(x))
 
-    def _few(self, token_ids: Tensor, cache: CardCache) -> None:
+    def _few(self, token_ids: Tensor, cache: LatentCache) -> None:
         """The card's part of a pass of up to 8 rows. Nothing waits for it yet."""
         self._check(token_ids, cache)
         count, rows = len(token_ids), self._rows
@@ -219,7 +224,7 @@ class CardModel:
         assert isinstance(self._head, CardLinear)
         self._head.few(states, rows.logits[:count], self._launch)
 
-    def _many(self, token_ids: Tensor, cache: CardCache) -> Tensor:
+    def _many(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """The card's part of a longer pass: [T, H] on the card."""
         self._check(token_ids, cache)
         self._kernels.share_cores(len(token_ids))
@@ -231,6 +236,8 @@ class CardModel:
                 x = layer.many(x, self._latents.rows[layer.index], start, place, self._rotations)
         return x
 
-    def _check(self, token_ids: Tensor, cache: CardCache) -> None:
+    def _check(self, token_ids: Tensor, cache: LatentCache) -> None:
         check_tokens(token_ids, self.config.vocab_size)
+        if not isinstance(cache, CardCache):
+            raise UsageError("a model on a card needs a cache of its own, from new_cache")
         cache.check_room(len(token_ids))

@@ -9,16 +9,17 @@ import torch
 
 class Replay:
     """Runs a pass as it is the first time, which compiles its kernels, captures it the second, and from then on replays
-    it. A body must do the same to the same memory each time, and allocate nothing that outlives it. Without a CUDA
-    device it is always run as it is."""
+    it. A body must do the same to the same memory each time, and allocate nothing that outlives it. Where it cannot be
+    captured, or the device is no CUDA device, it is always run as it is."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, captures: bool = True) -> None:
         self._device = device
+        self._captures = captures and device.type == "cuda"
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
     def __call__(self, rows: int, body: Callable[[], None]) -> None:
         """A pass of so many rows, on the current stream."""
-        if self._device.type != "cuda":
+        if not self._captures:
             body()
             return
         graph = self._graphs.get(rows)

@@ -27,7 +27,10 @@ from localmoe.kernels.triton import absorb, experts, grouped, latent, launch, ma
 WEIGHTS = {0: ("*bf16", "*fp32"), 1: ("*i32", "*bf16"), 2: ("*i64", "*bf16"), 3: ("*i32", "*fp32")}  # by kind
 FORMS = ("bf16", "int4", "int8", "nf4")  # as the kernels number them
 CAPABILITIES = (80, 86, 89, 90, 120)
-POINTERS = {"order": "*i32", "block_expert": "*i32", "block_start": "*i32", "block_count": "*i32", "expert_ids": "*i32", "slots": "*i32", "start": "*i32", "cache_bytes": "*u8"}
+POINTERS = {
+    "order": "*i32", "block_expert": "*i32", "block_start": "*i32", "block_count": "*i32", "expert_ids": "*i32",
+    "slots": "*i32", "start": "*i32", "cache_bytes": "*u8",
+}  # fmt: skip
 INTEGERS = {"length", "height", "width", "tokens", "heads", "top"}
 
 
@@ -94,11 +97,13 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
         *((f"grouped down {name}", grouped.grouped_down_kernel, form | tile, k, *mm) for name, k, form in forms),
         *(
             (f"fold {name}", absorb.fold_kernel, form | folded, k, knobs.fold_warps, 3)
-            for name, k, form in forms if name in ("bf16", "int8")
+            for name, k, form in forms
+            if name in ("bf16", "int8")
         ),
         *(
             (f"unfold {name}", absorb.unfold_kernel, form | unfolded, k, *mv)
-            for name, k, form in forms if name in ("bf16", "int8")
+            for name, k, form in forms
+            if name in ("bf16", "int8")
         ),
         ("norm", norm.norm_kernel, {"ADD": True, "OCTETS": True, "BLOCK": 2048}, 0, 4, 3),
         ("router", router.router_kernel, route, 0, 1, 3),
