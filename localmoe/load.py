@@ -22,7 +22,7 @@ from localmoe.errors import (
 )
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import TensorInfo
-from localmoe.generate import PREFILL_CHUNK, Settings, Step, generate
+from localmoe.generate import Settings, Step, generate
 from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
@@ -33,11 +33,14 @@ from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
 from localmoe.offload.machine import GIB
-from localmoe.offload.plan import Budgets, Placement, experts_on_card, place
+from localmoe.offload.plan import Budgets, Placement, experts_on_card, place, prompt_chunk
+from localmoe.offload.predict import stream_from
+from localmoe.offload.probe import look
+from localmoe.offload.record import machine_here
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
-from localmoe.store import Resolved, resolve
+from localmoe.store import Resolved, home, resolve
 from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
 
@@ -109,9 +112,13 @@ def _on_card(
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype))
     placed = place(subject, may)
     hold_to(card)
-    kept = CardExperts(checkpoint, config, kernels, experts_on_card(subject, placed.layers), card.device)
+    machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True)
+    from_tokens = stream_from(subject, machine, placed.layers)
+    chosen = experts_on_card(subject, placed.layers)
+    kept = CardExperts(checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens)
     layers = sum(layer.on_gpu for layer in placed.layers)
-    layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context)
+    chunk = prompt_chunk(config, card.vram)
+    layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context, chunk)
     try:
         model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer)
     except torch.OutOfMemoryError as error:
@@ -210,8 +217,8 @@ class Engine:
         cache = model.new_cache(len(ids))
         logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
         with torch.inference_mode():
-            for start in range(0, max(len(ids), 1), PREFILL_CHUNK):
-                chunk = slice(start, start + PREFILL_CHUNK)
+            for start in range(0, max(len(ids), 1), model.prefill_chunk):
+                chunk = slice(start, start + model.prefill_chunk)
                 logits[chunk] = model.forward(ids[chunk], cache)
         return logits
 
@@ -289,6 +296,7 @@ class Engine:
             settings,
             end_ids=self._end_ids,
             detokenizer=self.tokenizer.stream() if self._has_tokenizer else None,
+            prefill_chunk=model.prefill_chunk,
             lengths=self._lengths,
         )
 

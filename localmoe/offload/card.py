@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,12 +13,22 @@ from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
 from localmoe.kernels.handoff import Handoff
 from localmoe.kernels.triton.experts import ExpertStack, add_experts
-from localmoe.kernels.triton.grouped import grouped_experts, sort_pairs
+from localmoe.kernels.triton.grouped import Blocks, grouped_experts, sort_pairs
 from localmoe.kernels.triton.launch import Launch, launch_for
 from localmoe.kernels.triton.weights import empty_stack
 from localmoe.model.card.rows import RowBuffers
 from localmoe.model.config import ModelConfig
 from localmoe.model.layers import WeightSource, expert_weights
+from localmoe.offload.plan import STAGING
+from localmoe.offload.streaming import Streamer, used_experts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How long passes get the experts that have no slot: carried to the card from `stream_from` tokens on."""
+
+    streamer: Streamer
+    stream_from: float
 
 
 class LayerExperts:
@@ -29,8 +41,11 @@ class LayerExperts:
         on_card: Sequence[int],
         kernels: Kernels,
         handoff: Handoff,
+        prompts: Prompts,
     ) -> None:
         device = handoff.device
+        self._look_up = look_up
+        self._prompts = prompts
         self._launch = launch_for(device)
         self._handoff = handoff
         self._slots = torch.full((count,), -1, dtype=torch.int32)  # [E] as the CPU sees it
@@ -70,25 +85,35 @@ class LayerExperts:
             self._handoff.collect(delta)
 
     def many(self, x: Tensor, expert_ids: Tensor, weights: Tensor, out: Tensor) -> None:
-        """All experts of a long pass: the card's by groups, the CPU's by its own kernels for many rows."""
-        if self._cpu is not None:
-            ids = expert_ids.cpu()  # waits for the card
-            away = torch.where(self._slots[ids.long()] >= 0, -1, ids.long())
-            out += self._cpu(x.cpu(), away, weights.cpu()).to(x.device)
-        if self._stack is not None:
-            out += self._grouped(self._stack, x, expert_ids, weights)
-
-    def _grouped(self, stack: ExpertStack, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """All experts of a long pass: the card's by groups of tokens, the others carried there too if the pass is long
+        enough, or else by the CPU's own kernels for many rows, meanwhile."""
         tokens, k = expert_ids.shape
+        if self._cpu is not None:
+            known_ids = expert_ids.cpu().long()  # waits for the card
+            known = x.cpu(), weights.cpu()
         blocks = sort_pairs(expert_ids, len(self._slots), self._launch)
-        inner = torch.empty(tokens * k, stack.gate.out_features, dtype=self._launch.dot, device=x.device)
         products = torch.zeros(tokens * k, x.shape[1], device=x.device)
+        if self._stack is not None:
+            self._grouped(self._stack, x, blocks, weights, products)
+        if self._cpu is not None:
+            away = self._slots < 0
+            if tokens >= self._prompts.stream_from:
+                experts = used_experts(known_ids, away)
+                for stack in self._prompts.streamer.groups(self._look_up, experts, len(self._slots)):
+                    self._grouped(stack, x, blocks, weights, products)
+            else:
+                ids = torch.where(away[known_ids], known_ids, -1)
+                out += self._cpu(known[0], ids, known[1]).to(x.device)
+        out += products.view(tokens, k, -1).sum(1)
+
+    def _grouped(self, stack: ExpertStack, x: Tensor, blocks: Blocks, weights: Tensor, products: Tensor) -> None:
+        inner = torch.empty(len(products), stack.gate.out_features, dtype=self._launch.dot, device=x.device)
         grouped_experts(x, stack, blocks, weights, inner, products, self._launch)
-        return products.view(tokens, k, -1).sum(1)
 
 
 class CardExperts:
-    """All layers' experts; `layer` hands out one layer's. `on_card` names each layer's experts that get a slot."""
+    """All layers' experts; `layer` hands out one layer's. `on_card` names each layer's experts that get a slot;
+    `stream_from` is the fewest tokens of a pass for which the others are carried to the card, None for never."""
 
     def __init__(
         self,
@@ -97,7 +122,10 @@ class CardExperts:
         kernels: Kernels,
         on_card: Sequence[Sequence[int]],
         device: torch.device,
+        *,
+        stream_from: int | None = None,
     ) -> None:
+        self._prompts = Prompts(Streamer(device, STAGING // 2), math.inf if stream_from is None else stream_from)
         self._source = source
         self._config = config
         self._kernels = kernels
@@ -113,4 +141,5 @@ class CardExperts:
             self._on_card[index],
             self._kernels,
             self._handoff,
+            self._prompts,
         )

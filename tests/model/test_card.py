@@ -126,11 +126,12 @@ def models(
     on_card: Sequence[int] = range(8),
     kernels: str = "reference",
     cache: str = "float32",
+    stream_from: int | None = None,
 ) -> tuple[CardModel, Model]:
     config = ModelConfig.from_dict({**BASE, **(changes or {})})
     source = RandomSource(config)
     chosen, reference = Kernels.choose(kernels, 1, cache), Kernels.choose("reference", cache_dtype=cache)
-    placed = CardExperts(source, config, chosen, [on_card] * 2, device)
+    placed = CardExperts(source, config, chosen, [on_card] * 2, device, stream_from=stream_from)
     layout = CardLayout(device, layers, head, 48)
     ours = CardModel(config, source, chosen, layout, placed.layer, ExpertStore(source, config, chosen).layer)
     return ours, Model(config, source, reference, ExpertStore(source, config, reference).layer)
@@ -173,6 +174,11 @@ def test_experts_on_both_sides(on_card: Sequence[int], kernels: str, device: tor
     # the native kernels round activations to int8
     tolerance = 1e-4 if kernels == "reference" else 3e-2
     assert_alike(*models(device, on_card=on_card, kernels=kernels), FEW_AND_MANY, tolerance)
+
+
+@pytest.mark.parametrize("on_card", [(), (0, 3, 5)], ids=["none", "some"])
+def test_experts_carried_to_the_card_for_a_prompt(on_card: Sequence[int], device: torch.device) -> None:
+    assert_alike(*models(device, on_card=on_card, stream_from=9), (9, 9))
 
 
 @pytest.mark.parametrize(("layers", "head"), [(1, True), (1, False), (2, False)])
