@@ -1,17 +1,18 @@
 """Experts carried to the card for one pass of a long prompt, a group at a time, and forgotten again.
 
 Two buffers on the card and two, pinned, in CPU memory: while a group computes, the next one is copied, first into
-pinned memory (a mapped file cannot be pinned) and then over PCIe on a stream of its own. Every layer uses the same ones.
+pinned memory (a mapped file cannot be pinned) and then over PCIe on a stream of its own. All layers use the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from localmoe.formats.weights import Weight
 from localmoe.kernels.experts import ExpertWeights
 from localmoe.kernels.triton.experts import ExpertStack
 from localmoe.kernels.triton.weights import DeviceMatrix, empty_stack
@@ -36,7 +37,8 @@ class Streamer:
         self._device = device
         self._room = room
         self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        streams = (torch.cuda.Stream(device) if self._cuda else None for _ in range(2))  # type: ignore[no-untyped-call]
+        self._stream, self._sending = streams
         self._buffers: list[_Buffer] = []
         self._made_for: object = None
 
@@ -58,6 +60,16 @@ class Streamer:
             yield ExpertStack(*buffer.there, known[number])
             if buffer.free is not None:
                 buffer.free.record()
+
+    def send(self, weights: ExpertWeights, put: Callable[[ExpertWeights], None]) -> None:
+        """Have `put` copy one expert's weights to the card beside whatever else runs there, and wait for it. For one
+        thread, which is not the one that asks for groups."""
+        if self._sending is None:
+            put(weights)
+            return
+        with torch.inference_mode(), torch.cuda.stream(self._sending):
+            put(tuple(_pinned(weight) for weight in weights))  # type: ignore[arg-type]  # three, as there were
+            self._sending.synchronize()
 
     def _prepare(self, like: ExpertWeights, most: int) -> int:
         """Buffers for experts of this form; returns how many fit in one."""
@@ -96,6 +108,12 @@ class Streamer:
         for there, pinned in zip(buffer.there, buffer.pinned, strict=True):
             there.values.copy_(pinned.values, non_blocking=True)
             there.scales.copy_(pinned.scales, non_blocking=True)
+
+
+def _pinned(weight: Weight) -> Weight:
+    """The same in pinned memory, from which a copy needs no help of the CPU."""
+    tensors = {name: value.pin_memory() for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    return replace(weight, **tensors)  # type: ignore[arg-type]  # of the same names and types
 
 
 def used_experts(expert_ids: Tensor, among: Tensor) -> list[int]:

@@ -94,7 +94,8 @@ def _both(vectors: Vectors) -> tuple[Tensor, Tensor]:
 class CardModel:
     """As `localmoe.model.deepseek.Model`: token ids in, float32 logits in CPU memory out.
 
-    `experts` supplies the routed experts of the card's layers and `cpu_experts` those of the others.
+    `experts` supplies the routed experts of the card's layers and `cpu_experts` those of the others; `between_passes`
+    is called when nothing runs.
     """
 
     def __init__(
@@ -105,8 +106,10 @@ class CardModel:
         layout: CardLayout,
         experts: Callable[[int], RoutedExperts],
         cpu_experts: Callable[[int], Experts],
+        between_passes: Callable[[], None] = lambda: None,
     ) -> None:
         device = layout.device
+        self._between_passes = between_passes
         self.config = config
         self.prefill_chunk = layout.chunk
         self._kernels = kernels
@@ -249,6 +252,7 @@ class CardModel:
             self._done.synchronize()
 
     def _check(self, token_ids: Tensor, cache: LatentCache) -> None:
+        self._between_passes()
         check_tokens(token_ids, self.config.vocab_size)
         if not isinstance(cache, CardCache):
             raise UsageError("a model on a card needs a cache of its own, from new_cache")
