@@ -6,16 +6,21 @@ Exit statuses: 0 done; 1 the work failed; 2 wrong usage; 130 interrupted; 141 th
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from localmoe.cli import streams
-from localmoe.cli.failure import READER_GONE, describe, hint
+from localmoe.cli import config_file, streams
+from localmoe.cli.failure import INTERRUPTED, READER_GONE, Failure, describe, hint
+from localmoe.cli.sanitize import printable_line
+from localmoe.cli.values import suggestion
+from localmoe.errors import LocalMoeError, UsageError
 
 COMMANDS = {  # name: its module in localmoe.cli, its function there, what the list of commands says
     "run": ("run", "run", "Ask one thing; the answer alone on stdout."),
@@ -30,7 +35,18 @@ COMMANDS = {  # name: its module in localmoe.cli, its function there, what the l
     "show": ("show", "show", "What a model is, and what 4 bits cost it."),
     "verify": ("models", "verify", "Check every file's hash."),
     "rm": ("models", "remove", "Delete a quantized model."),
+    "config": ("config", "app", "Defaults and aliases of your own."),
 }
+_HELP = ("-h", "--help")
+
+
+class Command(TyperCommand):
+    """A command whose options have the config file's values where they are not given."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if not given(args, _HELP):  # help comes whatever the file is like
+            extra["default_map"] = config_file.read().defaults(info_name or "")
+        return super().make_context(info_name, args, parent, **extra)
 
 
 class _Commands(TyperGroup):
@@ -43,11 +59,18 @@ class _Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, function, summary = COMMANDS[cmd_name]
+        found = getattr(importlib.import_module(f"localmoe.cli.{module}"), function)
+        if isinstance(found, typer.Typer):  # a command with commands of its own
+            return typer.main.get_command(found)
         alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        alone.command(cmd_name, short_help=summary)(
-            getattr(importlib.import_module(f"localmoe.cli.{module}"), function)
-        )
+        alone.command(cmd_name, cls=Command, short_help=summary)(found)
         return typer.main.get_command(alone)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = suggestion(args[0], list(COMMANDS), "; localmoe --help lists them")
+            raise UsageError(f"no such command: {printable_line(args[0])}{near}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -62,7 +85,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": list(_HELP), "max_content_width": 100},
 )
 
 
@@ -88,17 +111,17 @@ def _localmoe(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on `arguments` (the process's own by default); returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         streams.prepare()
-        status = _dispatch(given)
+        status = _dispatch(arguments)
         streams.write("")  # flushes: a full disk shows up here at the latest
         return status
     except BrokenPipeError:
         streams.silence_output()
         return READER_GONE
     except BaseException as error:
-        return _fail(error, _flags(given))
+        return _fail(error, arguments)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -111,14 +134,16 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _flags(arguments: list[str]) -> set[str]:
-    """The flags among the arguments, however far parsing came: they decide how a failure looks."""
+def given(arguments: Sequence[str], flags: Sequence[str]) -> set[str]:
+    """Those of the flags that are among the arguments, whether or not these can be parsed."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    return {"--json", "--debug"}.intersection(arguments[:end])
+    return set(flags).intersection(arguments[:end])
 
 
-def _fail(error: BaseException, flags: set[str]) -> int:
-    failure = describe(error)
+def _fail(error: BaseException, arguments: Sequence[str]) -> int:
+    # Looked for among the arguments, since parsing may be what failed.
+    failure, flags = describe(error), given(arguments, ("--json", "--debug"))
+    failure = replace(failure, message=failure.message + _set_elsewhere(failure, arguments))
     streams.passing_remark("")
     if "--debug" in flags:
         streams.tell("".join(traceback.format_exception(error)), end="")
@@ -130,3 +155,16 @@ def _fail(error: BaseException, flags: set[str]) -> int:
     except BaseException:  # the error may well be that nothing can be written there
         streams.silence_output()
     return failure.exit_code
+
+
+def _set_elsewhere(failure: Failure, arguments: Sequence[str]) -> str:
+    """Where an option that the message names was set, when nobody typed it."""
+    named = re.findall(r"--[a-z][a-z-]*", failure.message)
+    if failure.exit_code == INTERRUPTED or not named or not arguments or any(n in arguments for n in named):
+        return ""
+    try:
+        config = config_file.read()
+    except LocalMoeError:
+        return ""
+    parameter = named[0].removeprefix("--").replace("-", "_")
+    return f" ({named[0]} is set in {config.path})" if parameter in config.defaults(arguments[0]) else ""

@@ -28,7 +28,7 @@ _WORST = 3
 
 
 def quantize(
-    model: options.Model,
+    model: options.NamedModel,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="DIR", help="Where to put it.  [default: localmoe's own store]"),

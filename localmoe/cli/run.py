@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import options, prompt, settings, streams
+from localmoe.cli import model_argument, options, prompt, settings, streams
 from localmoe.cli.answer import Answer, Request, collect, guesses
 from localmoe.cli.failure import INTERRUPTED
 from localmoe.errors import StorageError, UsageError
@@ -84,6 +84,7 @@ def run(
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
     """
+    model, prompt_text = model_argument.with_prompt(model, prompt_text)
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
@@ -95,7 +96,7 @@ def run(
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
     question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
-    asked: str | list[Message] = question if raw else messages(question, system)
+    asked: str | list[Message] = question if raw else messages(question, settings.system(system, "run"))
 
     from localmoe.cli.opening import label, open_engine
 
@@ -107,7 +108,7 @@ def run(
             max_tokens=max_tokens,
             seed=seed,
             stop=stop or (),
-            thinking=think,
+            thinking=None if raw else settings.thinking(think, "run", engine),
             logit_bias=bias,
             top_logprobs=logprobs,
         )
