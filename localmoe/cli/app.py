@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from localmoe.cli import config_file, streams
+from localmoe.cli import config_file, prompt_template, streams
 from localmoe.cli.failure import INTERRUPTED, READER_GONE, Failure, describe, hint
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.values import suggestion
@@ -34,6 +34,7 @@ COMMANDS = {  # name: its module in localmoe.cli, its function there, what the l
     "list": ("models", "list_models", "The models here, and those to pull."),
     "show": ("show", "show", "What a model is, and what 4 bits cost it."),
     "verify": ("models", "verify", "Check every file's hash."),
+    "templates": ("templates", "app", "Saved prompts, for run --template."),
     "rm": ("models", "remove", "Delete a quantized model."),
     "config": ("config", "app", "Defaults and aliases of your own."),
 }
@@ -47,6 +48,16 @@ class Command(TyperCommand):
         if not given(args, _HELP):  # help comes whatever the file is like
             extra["default_map"] = config_file.read().defaults(info_name or "")
         return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        name = ctx.params.get("template")
+        if name is not None:  # its settings come after what was typed, before the config file's
+            for key, value in prompt_template.load(name).settings.items():
+                parameter = prompt_template.SETTINGS[key].parameter
+                source = ctx.get_parameter_source(parameter)
+                if key != "think" and (source is None or source.name != "COMMANDLINE"):
+                    ctx.params[parameter] = str(value) if key == "mtp" else value
+        return super().invoke(ctx)
 
 
 class _Commands(TyperGroup):

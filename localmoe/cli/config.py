@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shlex
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,7 @@ import typer
 
 from localmoe.cli import config_file, options, streams
 from localmoe.cli.config_file import ALIAS, MODEL, TABLES, Key
-from localmoe.cli.files import write_whole
+from localmoe.cli.files import open_in_editor, write_whole
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.toml_edit import Value, literal, with_setting, without_setting
 from localmoe.cli.values import suggestion
@@ -27,7 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 Name = Annotated[
     str,
     typer.Argument(
@@ -137,18 +134,9 @@ def path(
 def edit(debug: options.Debug = False) -> None:
     """Open the file in $VISUAL or $EDITOR, then check it."""
     where = config_file.path()
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-    if not editor:
-        raise UsageError(f"neither VISUAL nor EDITOR is set; the file is {where}")
     if not where.exists():
         write_whole(where, _FIRST)
-    try:
-        command = [*shlex.split(editor), str(where)]
-        status = subprocess.run(command, check=False).returncode
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{editor!r} cannot be started: {getattr(error, 'strerror', None) or error}") from error
-    if status:
-        raise StorageError(f"{editor} ended with status {status}")
+    open_in_editor(where)
     config_file.read()
 
 
@@ -213,21 +201,9 @@ def _read_value(key: Key, name: str, words: list[str]) -> Value:
     elif len(words) > 1:
         raise UsageError(f"{name}: one value is needed, not {len(words)}; put one with spaces in quotation marks")
     else:
-        made = _scalar(key, words[0])
+        made = config_file.scalar(key, words[0])
     config_file.check_value(key, name.rpartition(".")[2], made, name)
     return made
-
-
-def _scalar(key: Key, word: str) -> Value:
-    if key.kind == "flag":
-        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
-            word.lower(), word
-        )
-    if key.kind in ("whole", "number", "mtp"):
-        for convert in (int, float):
-            with contextlib.suppress(ValueError):
-                return convert(word)
-    return word
 
 
 def _settled(path: Path) -> str:

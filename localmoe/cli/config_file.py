@@ -13,6 +13,7 @@ refused by name: a misspelt setting that does nothing would be found out too lat
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tomllib
@@ -34,6 +35,7 @@ from localmoe.cli.values import (
 from localmoe.errors import UsageError
 
 Kind = Literal["text", "texts", "flag", "whole", "number", "size", "mtp", "choice"]
+_FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -66,7 +68,7 @@ _MACHINE: Mapping[str, Key] = {
     "ctx": Key("ctx", "whole", "context in tokens"),
     "cache_dtype": Key("cache_dtype", "choice", "what the latent cache holds", choices=CACHE_DTYPES),
 }
-_ANSWER: Mapping[str, Key] = {
+ANSWER: Mapping[str, Key] = {
     "max_tokens": Key("max_tokens", "whole", "stop after so many tokens"),
     "seed": Key("seed", "whole", "make sampling repeatable", least=0),
     "stop": Key("stop", "texts", "end the answer before one of these texts"),
@@ -75,7 +77,7 @@ _ANSWER: Mapping[str, Key] = {
     "mtp": Key("mtp", "mtp", "tokens to guess at a time, or auto"),
 }
 _FROZEN: Mapping[str, Key] = {"deterministic": Key("deterministic", "flag", "freeze where experts are placed")}
-_CHAT = {**SAMPLING, **_ANSWER, **_MACHINE, **_FROZEN}
+_CHAT = {**SAMPLING, **ANSWER, **_MACHINE, **_FROZEN}
 COMMANDS: Mapping[str, Mapping[str, Key]] = {
     "run": _CHAT,
     "chat": _CHAT,
@@ -93,7 +95,7 @@ COMMANDS: Mapping[str, Mapping[str, Key]] = {
 """The settings of each command's own table. No table for commands that write, delete or download."""
 TABLES: Mapping[str, Mapping[str, Key]] = {
     "sampling": SAMPLING,
-    "options": {**_ANSWER, **_MACHINE, **_FROZEN},
+    "options": {**ANSWER, **_MACHINE, **_FROZEN},
     **COMMANDS,
 }
 MODEL = Key("model", "text", "the model where none is named")
@@ -208,6 +210,19 @@ def _instead(name: str) -> str:
         if name in TABLES[table]:
             return f" at the top of the file; it belongs under [{table}]"
     return suggestion(name, ["model", "alias", *TABLES])
+
+
+def scalar(key: Key, word: str) -> Any:
+    """What was typed as the setting's own type, where it can be read so; `check_value` refuses the rest."""
+    if key.kind == "flag":
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
+            word.lower(), word
+        )
+    if key.kind in ("whole", "number", "mtp"):
+        for convert in (int, float):
+            with contextlib.suppress(ValueError):
+                return convert(word)
+    return word
 
 
 def check_value(key: Key, name: str, value: object, where: str) -> None:

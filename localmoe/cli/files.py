@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import stat
+import subprocess
 import tempfile
 from typing import TYPE_CHECKING
 
-from localmoe.errors import StorageError
+from localmoe.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def open_in_editor(path: Path) -> None:
+    """Let the user edit a file. Raises UsageError where there is no editor, StorageError where it fails."""
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not editor:
+        raise UsageError(f"neither VISUAL nor EDITOR is set; the file is {path}")
+    try:
+        status = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{editor!r} cannot be started: {getattr(error, 'strerror', None) or error}") from error
+    if status:
+        raise StorageError(f"{editor} ended with status {status}")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -35,13 +35,12 @@ def sampling(flags: Mapping[str, float], name: str, checkpoint: Mapping[str, flo
     return chosen | {"top_k": int(chosen["top_k"])}
 
 
-def thinking(flag: bool | None, command: str, engine: Engine) -> bool | None:
-    """Whether to think: the flag, else the config file's wish where this model's template can be asked."""
+def thinking(flag: bool | None, command: str, engine: Engine, wish: bool | None = None) -> bool | None:
+    """Whether to think: the flag, else a wish, else the config file's, where this model's template can be asked."""
     template = engine.chat_template
     if flag is not None or template is None or not template.switches_thinking:
         return flag
-    wish: bool | None = config_file.read().value(command, "think")
-    return wish
+    return config_file.read().value(command, "think") if wish is None else wish
 
 
 def system(flag: str | None, command: str) -> str | None:

@@ -65,6 +65,16 @@ def literal(value: Value) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
 
 
+def block(value: Value) -> str:
+    """The same, a text of several lines as people write it where that reads back as it was."""
+    if isinstance(value, str) and "\n" in value:
+        escaped = value.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+        made = f'"""\n{escaped}"""'
+        if _parses(f"x = {made}\n") and tomllib.loads(f"x = {made}\n")["x"] == value:
+            return made
+    return literal(value)
+
+
 def _lines(text: str) -> list[str]:
     """The lines with their ends; TOML knows no other line break than the newline."""
     return io.StringIO(text, newline="\n").readlines()

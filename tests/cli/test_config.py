@@ -18,7 +18,18 @@ from localmoe.cli.values import near_miss
 from localmoe.errors import UsageError
 
 NOT_IN_THE_FILE = {  # what a command is asked for once: its input, its output, what would change what a script reads
-    "run": {"prompt_text", "file", "logit_bias", "raw", "show_thinking", "logprobs", "think_to"},
+    "run": {
+        "prompt_text",
+        "file",
+        "jsonl",
+        "template",
+        "param",
+        "logit_bias",
+        "raw",
+        "show_thinking",
+        "logprobs",
+        "think_to",
+    },
     "chat": {"logit_bias"},
     "eval": {"text", "reference"},
     "plan": {"recipe"},
@@ -329,7 +340,8 @@ def test_edits_of_random_files_change_one_setting_or_nothing():
     """Files made of awkward pieces; an edit that is not refused reads back as exactly that edit."""
     pieces = [
         "a = 1\n", "b = [1, # x\n 2]\n", 'c = """\n[t]\nd = 1\n"""\n', "[t]\n", "[u] # [t]\n", "  [ 't' ]\n",
-        "d = '#'\n", "# d = 2\n", "\n", "t.d = 3\n", '"d" = 4 # d\n', "[[v]]\n", "d = [\n [\n1],\n]\n", "e = { d = 1 }\n",
+        "d = '#'\n", "# d = 2\n", "\n", "t.d = 3\n", '"d" = 4 # d\n', "[[v]]\n", "d = [\n [\n1],\n]\n",
+        "e = { d = 1 }\n",
     ]  # fmt: skip
     source = random.Random(1)
     edited = 0
