@@ -26,7 +26,8 @@ _UNITS = {"B": 1} | {
 def near_miss(word: str, known: Iterable[str]) -> str | None:
     """The one of `known` that `word` was most likely meant to be; None where nothing is near."""
     by_case = {each.lower(): each for each in known}
-    begun = [each for each in by_case if each.startswith(word.lower())] if len(word) > 2 else []
+    begun = [each for each in by_case if len(word) > 2 and each.startswith(word.lower())]
+    begun += [each for each in by_case if len(each) > 3 and word.lower().startswith(each)]
     near = begun or difflib.get_close_matches(word.lower(), by_case, 1)
     return by_case[near[0]] if near else None
 
