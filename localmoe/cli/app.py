@@ -100,21 +100,20 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from localmoe import __version__
-
-        streams.write(f"localmoe {__version__}\n")
-        raise typer.Exit
-
-
 @app.callback(invoke_without_command=True)
 def _localmoe(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version, its commit and kernels.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --version: print one JSON object.")] = False,
 ) -> None:
+    if version:
+        from localmoe.cli.version import as_text, describe
+
+        facts = describe()
+        streams.write_json(facts) if as_json else streams.write(as_text(facts))
+        raise typer.Exit
+    if as_json:
+        raise UsageError("--json goes behind the command, or with --version")
     if context.invoked_subcommand is None:
         streams.tell(context.get_help())
         raise typer.Exit(2)
@@ -125,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         streams.prepare()
-        status = _dispatch(arguments)
+        status = _dispatch(list(arguments))  # parsing empties the list
         streams.write("")  # flushes: a full disk shows up here at the latest
         return status
     except BrokenPipeError:
