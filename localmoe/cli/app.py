@@ -36,6 +36,7 @@ COMMANDS = {  # name: its module in localmoe.cli, its function there, what the l
     "verify": ("models", "verify", "Check every file's hash."),
     "templates": ("templates", "app", "Saved prompts, for run --template."),
     "rm": ("models", "remove", "Delete a quantized model."),
+    "completion": ("completion", "completion", "Make your shell complete commands and models."),
     "config": ("config", "app", "Defaults and aliases of your own."),
 }
 _HELP = ("-h", "--help")
@@ -124,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         streams.prepare()
+        if arguments[:1] == ["__complete"]:  # a shell asks; hidden, and without the wait for Typer's parsing
+            streams.write(_candidates(arguments[1:]))
+            return 0
         status = _dispatch(list(arguments))  # parsing empties the list
         streams.write("")  # flushes: a full disk shows up here at the latest
         return status
@@ -132,6 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return READER_GONE
     except BaseException as error:
         return _fail(error, arguments)
+
+
+def _candidates(arguments: Sequence[str]) -> str:
+    from localmoe.cli.completion import answer
+
+    commands = {name: summary for name, (_, _, summary) in COMMANDS.items()}
+    return answer(arguments or ["bash", ""], commands, lambda name: _Commands().get_command(None, name))
 
 
 def _dispatch(arguments: list[str]) -> int:
