@@ -14,12 +14,10 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from localmoe.cli import config_file, prompt_template, streams
+from localmoe.cli import config_file, streams
+from localmoe.cli.command import HELP, Command, Group, given
 from localmoe.cli.failure import INTERRUPTED, READER_GONE, Failure, describe, hint
-from localmoe.cli.sanitize import printable_line
-from localmoe.cli.values import suggestion
 from localmoe.errors import LocalMoeError, UsageError
 
 COMMANDS = {  # name: its module in localmoe.cli, its function there, what the list of commands says
@@ -39,29 +37,9 @@ COMMANDS = {  # name: its module in localmoe.cli, its function there, what the l
     "completion": ("completion", "completion", "Make your shell complete commands and models."),
     "config": ("config", "app", "Defaults and aliases of your own."),
 }
-_HELP = ("-h", "--help")
 
 
-class Command(TyperCommand):
-    """A command whose options have the config file's values where they are not given."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        if not given(args, _HELP):  # help comes whatever the file is like
-            extra["default_map"] = config_file.read().defaults(info_name or "")
-        return super().make_context(info_name, args, parent, **extra)
-
-    def invoke(self, ctx: Any) -> Any:
-        name = ctx.params.get("template")
-        if name is not None:  # its settings come after what was typed, before the config file's
-            for key, value in prompt_template.load(name).settings.items():
-                parameter = prompt_template.SETTINGS[key].parameter
-                source = ctx.get_parameter_source(parameter)
-                if key != "think" and (source is None or source.name != "COMMANDLINE"):
-                    ctx.params[parameter] = str(value) if key == "mtp" else value
-        return super().invoke(ctx)
-
-
-class _Commands(TyperGroup):
+class _Commands(Group):
     """The commands, each imported when it is called: --help and a command wait for no other command's code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -78,12 +56,6 @@ class _Commands(TyperGroup):
         alone.command(cmd_name, cls=Command, short_help=summary)(found)
         return typer.main.get_command(alone)
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = suggestion(args[0], list(COMMANDS), "; localmoe --help lists them")
-            raise UsageError(f"no such command: {printable_line(args[0])}{near}")
-        return super().resolve_command(ctx, args)
-
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
@@ -93,11 +65,10 @@ app = typer.Typer(
     name="localmoe",
     cls=_Commands,
     help="Run DeepSeek-style Mixture-of-Experts models, at 4 bits, on one PC.",
-    epilog="To begin: localmoe run demo 'Tell me a story about a dragon'",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": list(_HELP), "max_content_width": 100},
+    context_settings={"help_option_names": list(HELP), "max_content_width": 100},
 )
 
 
@@ -153,12 +124,6 @@ def _dispatch(arguments: list[str]) -> int:
     except typer.Exit as leaving:
         return leaving.exit_code
     return 0
-
-
-def given(arguments: Sequence[str], flags: Sequence[str]) -> set[str]:
-    """Those of the flags that are among the arguments, whether or not these can be parsed."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    return set(flags).intersection(arguments[:end])
 
 
 def _fail(error: BaseException, arguments: Sequence[str]) -> int:

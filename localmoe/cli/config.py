@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from localmoe.cli import config_file, options, streams
+from localmoe.cli.command import Command, Group
 from localmoe.cli.config_file import ALIAS, MODEL, TABLES, Key
 from localmoe.cli.files import open_in_editor, write_whole
 from localmoe.cli.sanitize import printable_line
@@ -19,8 +20,17 @@ from localmoe.cli.toml_edit import Value, literal, with_setting, without_setting
 from localmoe.cli.values import suggestion
 from localmoe.errors import StorageError, UsageError
 
+_HELP = """\
+Defaults and aliases of your own, in one TOML file.
+
+It holds `model` (where MODEL is left out) and the tables [alias] (names for models), [sampling], [options] (for every
+command that has the option) and [run], [chat], [bench], [eval], [plan], [doctor] (for one). A setting comes from the
+first of: a flag, a prompt template, the command's table, [options] or [sampling], and then for sampling the model's
+makers, its generation_config.json, greedy. What is not known, or of the wrong type, is refused by name.
+"""
 app = typer.Typer(
-    help="Defaults and aliases of your own, in one file. A flag on the command line comes before them.",
+    cls=Group,
+    help=_HELP,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -33,7 +43,7 @@ Name = Annotated[
 ]
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_settings(
     every: Annotated[bool, typer.Option("--all", help="Also what is not set, and what it does.")] = False,
     as_json: Annotated[
@@ -59,7 +69,7 @@ def list_settings(
         streams.write("".join(f"# {name:<{width}}  {what}\n" for name, what in unset.items()))
 
 
-@app.command("get")
+@app.command("get", cls=Command)
 def get(
     name: Name,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help("key, value"))] = False,
@@ -77,7 +87,7 @@ def get(
         raise typer.Exit(1)
 
 
-@app.command("set")
+@app.command("set", cls=Command)
 def set_value(
     name: Name,
     value: Annotated[list[str], typer.Argument(metavar="VALUE", show_default=False, help="A list takes several.")],
@@ -96,7 +106,7 @@ def set_value(
         streams.write_json({"key": name, "value": made, "path": str(path)})
 
 
-@app.command("unset")
+@app.command("unset", cls=Command)
 def unset(
     name: Name,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help("key, path"))] = False,
@@ -117,7 +127,7 @@ def unset(
         raise typer.Exit(1)
 
 
-@app.command("path")
+@app.command("path", cls=Command)
 def path(
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help("path, exists"))] = False,
     debug: options.Debug = False,
@@ -130,7 +140,7 @@ def path(
         streams.write(f"{where}\n")
 
 
-@app.command("edit")
+@app.command("edit", cls=Command)
 def edit(debug: options.Debug = False) -> None:
     """Open the file in $VISUAL or $EDITOR, then check it."""
     where = config_file.path()

@@ -96,6 +96,11 @@ def run(
 
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
+
+    With --jsonl each line is a JSON text or an object: prompt or messages, and if wanted id, system, params, seed,
+    stop, think, max_tokens, temperature and the like. Each answer is an object with line, id and the keys of --json
+    but model, in the order of the lines, written when it is done; what is wrong with a line is an object with error,
+    the others go on, and the exit status is 1 at the end. PROMPT, files and a template stand above every line.
     """
     model, prompt_text = model_argument.with_prompt(model, prompt_text)
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)

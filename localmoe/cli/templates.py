@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from localmoe.cli import config_file, options, prompt, prompt_template, streams
+from localmoe.cli.command import Command, Group
 from localmoe.cli.files import open_in_editor, write_whole
 from localmoe.cli.prompt_template import SETTINGS, PromptTemplate
 from localmoe.cli.sanitize import printable_line
@@ -17,6 +18,7 @@ from localmoe.cli.values import suggestion
 from localmoe.errors import StorageError, UsageError
 
 app = typer.Typer(
+    cls=Group,
     help="Saved prompts for `localmoe run MODEL --template NAME`.",
     add_completion=False,
     rich_markup_mode=None,
@@ -26,7 +28,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="A
 _KEYS = "name, prompt, system, description, fields [name], params {name: value}, settings"
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_templates(
     as_json: Annotated[
         bool,
@@ -64,7 +66,7 @@ def list_templates(
     streams.write(table(("TEMPLATE", "TAKES", ""), rows, ("left", "left", "left")) + "\n")
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 def show(
     name: Name,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
@@ -79,7 +81,7 @@ def show(
         streams.write(text if text.endswith("\n") else text + "\n")
 
 
-@app.command("add")
+@app.command("add", cls=Command)
 def add(
     name: Name,
     prompt_text: Annotated[
@@ -129,7 +131,7 @@ def add(
         streams.tell(f"saved to {path}" + (f"; it takes {takes}" if takes else ""))
 
 
-@app.command("edit")
+@app.command("edit", cls=Command)
 def edit(name: Name, debug: options.Debug = False) -> None:
     """Open a template in $VISUAL or $EDITOR, then check it."""
     path = prompt_template.path_of(name)
@@ -139,7 +141,7 @@ def edit(name: Name, debug: options.Debug = False) -> None:
     prompt_template.load(name)
 
 
-@app.command("rm")
+@app.command("rm", cls=Command)
 def remove(
     name: Name,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help("removed"))] = False,
