@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,18 @@ def arguments(line: str) -> list[list[str]]:
     return [call[: call.index(">")] if ">" in call else call for call in calls]
 
 
-@pytest.mark.parametrize("line", [line for examples in EXAMPLES.values() for _, line in examples])
+def troubleshooting() -> list[str]:
+    """The commands that the page names, on one line each, with something to stand for its capitals."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").replace("\n", " ")
+    found = [line.removesuffix(" </dev/null") for line in re.findall(r"`(localmoe [^`]*)`", text)]
+    assert len(found) > 30
+    found = [line for line in found if line != "localmoe --version"]
+    return [line.replace("KEY", "run.seed").replace("MODEL", "demo").replace("RECIPE", "compact") for line in found]
+
+
+@pytest.mark.parametrize(
+    "line", [*(line for examples in EXAMPLES.values() for _, line in examples), *troubleshooting()]
+)
 def test_the_examples_are_taken(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     inside = line.partition("$(")[2].partition(")")[0]
