@@ -30,12 +30,14 @@ from localmoe.model.sizes import HEAD_ROWS
 
 @dataclass(frozen=True)
 class CardLayout:
-    """What goes to the card: the first `layers` layers with `context` tokens of their cache, and the head or not."""
+    """What goes to the card: the first `layers` layers with `context` tokens of their cache, and the head or not.
+    `chunk` is how many tokens of a prompt there is room for at a time."""
 
     device: torch.device
     layers: int
     head: bool
     context: int
+    chunk: int = 512
 
 
 class CardLayer:
@@ -92,7 +94,8 @@ def _both(vectors: Vectors) -> tuple[Tensor, Tensor]:
 class CardModel:
     """As `localmoe.model.deepseek.Model`: token ids in, float32 logits in CPU memory out.
 
-    `experts` supplies the routed experts of the card's layers and `cpu_experts` those of the others.
+    `experts` supplies the routed experts of the card's layers and `cpu_experts` those of the others; `between_passes`
+    is called when nothing runs.
     """
 
     def __init__(
@@ -103,9 +106,12 @@ class CardModel:
         layout: CardLayout,
         experts: Callable[[int], RoutedExperts],
         cpu_experts: Callable[[int], Experts],
+        between_passes: Callable[[], None] = lambda: None,
     ) -> None:
         device = layout.device
+        self._between_passes = between_passes
         self.config = config
+        self.prefill_chunk = layout.chunk
         self._kernels = kernels
         self._device = device
         self._launch = launch_for(device)
@@ -126,6 +132,7 @@ class CardModel:
         self._rows = RowBuffers(config, device, self._launch)
         self._replay = Replay(device, captures=all(layer.captures for layer in self._layers))
         pinned = device.type == "cuda"
+        self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
         self._staged = torch.empty(MOST_ROWS, config.hidden_size, pin_memory=pinned)
         self._staged_start = torch.empty(1, dtype=torch.int32, pin_memory=pinned)
         self._card_time, self._head_time = kernels.profile.part("card"), kernels.profile.part("head")
@@ -145,7 +152,8 @@ class CardModel:
             self._few(token_ids, cache)
             cache.advance(len(token_ids))
             logits = self._rows.logits[: len(token_ids)]
-            with self._card_time:  # this waits for the card
+            with self._card_time:
+                self._wait()
                 return (logits[-1:] if last_only else logits).to("cpu", copy=True)
         states = self._states(token_ids, cache)
         return self.logits(states[-1:] if last_only else states)
@@ -186,6 +194,7 @@ class CardModel:
             x = self._many(token_ids, cache)
         if self._blocks:
             with self._card_time:
+                self._wait()
                 x = x.cpu()
             self._kernels.share_cores(count)
             places = positions(self.config, self._rope, cache.length, count)
@@ -236,7 +245,14 @@ class CardModel:
                 x = layer.many(x, self._latents.rows[layer.index], start, place, self._rotations)
         return x
 
+    def _wait(self) -> None:
+        """Until the card is done, asleep: a thread that asks again and again would take a core from the experts'."""
+        if self._done is not None:
+            self._done.record()
+            self._done.synchronize()
+
     def _check(self, token_ids: Tensor, cache: LatentCache) -> None:
+        self._between_passes()
         check_tokens(token_ids, self.config.vocab_size)
         if not isinstance(cache, CardCache):
             raise UsageError("a model on a card needs a cache of its own, from new_cache")
