@@ -148,7 +148,7 @@ def _known(name: str, metavar: str, given: Sequence[str]) -> Candidates:
         from localmoe.store import RECIPES
 
         return dict.fromkeys(RECIPES, "")
-    if name == "template" or metavar == "NAME":
+    if name == "template" or metavar == "TEMPLATE":
         return dict.fromkeys(prompt_template.names(), "")
     if metavar == "KEY":
         return _settings()

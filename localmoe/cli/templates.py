@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="A template's name; never a path.")]
+Name = Annotated[str, typer.Argument(metavar="TEMPLATE", show_default=False, help="A template's name; never a path.")]
 _KEYS = "name, prompt, system, description, fields [name], params {name: value}, settings"
 
 
