@@ -90,10 +90,10 @@ def chat(
             max_tokens=max_tokens,
             seed=seed,
             stop=stop or (),
-            thinking=think,
+            thinking=settings.thinking(think, "chat", engine),
             logit_bias=bias,
         )
-        conversation = Conversation(system)
+        conversation = Conversation(settings.system(system, "chat"))
         splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question
         Chat(engine, label(resolved), request, conversation).talk(
             LineEditor([name.split()[0] for name in COMMANDS]).read
