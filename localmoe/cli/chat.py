@@ -68,6 +68,7 @@ def chat(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk with MODEL. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -83,7 +84,7 @@ def chat(
     from localmoe.cli.line_editor import LineEditor
     from localmoe.cli.opening import label, open_engine
 
-    resolved, engine = open_engine(model, machine)
+    resolved, engine = open_engine(model, machine, yes=yes)
     with engine:
         request = Request(
             sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),

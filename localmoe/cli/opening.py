@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from localmoe.store import Resolved
 
 
-def open_engine(model: str, machine: Machine) -> tuple[Resolved, Engine]:
-    """The model and its engine, which the caller closes. Says on standard error what takes time."""
-    resolved = locate(model)
+def open_engine(model: str, machine: Machine, *, yes: bool = False) -> tuple[Resolved, Engine]:
+    """The model and its engine, which the caller closes. Says on standard error what takes time.
+
+    A model that is not here is downloaded first if the user, asked or by `yes`, agrees."""
+    try:
+        resolved = locate(model)
+    except ModelNotFoundError as error:
+        from localmoe.cli.first_run import bring
+
+        bring(model, machine, error, yes=yes)
+        resolved = locate(model)
     streams.passing_remark(f"loading {label(resolved)} ...")
     try:
         return resolved, load_engine(resolved.path, machine)

@@ -80,6 +80,16 @@ def plan(
         streams.write(_text(name, subject, machine, budgets, result))
 
 
+def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple[Subject, Machine, Plan, bool]:
+    """(model, machine, plan, whether the files run as they are stored) of a source whose config.json is `config` and
+    which `recipe` would quantize. Raises as the command does."""
+    from localmoe.offload.plan import make_plan
+
+    subject, as_stored = _subject(_Target("", config, recipe), wanted.cache_dtype)
+    machine, budgets = _surroundings(wanted)
+    return subject, machine, make_plan(subject, machine, budgets), as_stored
+
+
 def _find(model: str, flag: str | None) -> _Target:
     """Raises UsageError for a recipe that contradicts the model, ModelNotFoundError, HubError."""
     if flag is not None and flag not in store.RECIPES:

@@ -77,6 +77,7 @@ def run(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
     """Ask MODEL one thing and print its answer, alone, on standard output.
@@ -100,7 +101,7 @@ def run(
     from localmoe.cli.opening import label, open_engine
 
     thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
-    resolved, engine = open_engine(model, machine)
+    resolved, engine = open_engine(model, machine, yes=yes)
     with engine:
         request = Request(
             sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),
