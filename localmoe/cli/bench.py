@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localmoe.cli import options, streams
+from localmoe.cli import options, speed, streams
 from localmoe.cli.opening import label, load_engine, locate
 
 if TYPE_CHECKING:
     from localmoe.benchmark import Benchmark
+    from localmoe.load import Engine
 
 _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
     "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
     "bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+    "with --explain-speed also " + speed.KEYS,
 )  # fmt: skip
 
 
@@ -36,6 +38,7 @@ def bench(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    explain_speed: options.ExplainSpeed = False,
     debug: options.Debug = False,
 ) -> None:
     """Measure how fast MODEL runs here: prefill and decode in tokens/s, and how much of the memory bandwidth that is.
@@ -48,9 +51,15 @@ def bench(
 
     from localmoe.benchmark import measure
 
+    opened: list[Engine] = []
+
+    def open_engine() -> Engine:
+        opened.append(load_engine(resolved.path, machine))
+        return opened[0]
+
     try:
         result = measure(
-            lambda: load_engine(resolved.path, machine),
+            open_engine,
             prompt_tokens=prompt,
             completion_tokens=count,
             context=context,
@@ -59,10 +68,14 @@ def bench(
         )
     finally:
         streams.passing_remark("")
+    why = {"speed": speed.of_benchmark(opened[0], result)} if explain_speed else {}
     if as_json:
-        streams.write_json({"model": label(resolved), **asdict(result)})
-    else:
-        streams.write(_lines(label(resolved), result))
+        explained = {key: speed.as_json(value) for key, value in why.items()}
+        streams.write_json({"model": label(resolved), **asdict(result), **explained})
+        return
+    streams.write(_lines(label(resolved), result))
+    for value in why.values():
+        speed.tell(value)
 
 
 def _lines(name: str, result: Benchmark) -> str:

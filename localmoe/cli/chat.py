@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.cli import options, settings, streams, transcript
+from localmoe.cli import options, settings, speed, streams, transcript
 from localmoe.cli.answer import Answer, Request, collect, guesses, splitter
 from localmoe.cli.conversation import Conversation
 from localmoe.errors import ContextOverflowError, LocalMoeError, UsageError
@@ -68,6 +68,7 @@ def chat(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    explain_speed: options.ExplainSpeed = False,
     yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
@@ -96,7 +97,7 @@ def chat(
         )
         conversation = Conversation(system)
         splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question
-        Chat(engine, label(resolved), request, conversation).talk(
+        Chat(engine, label(resolved), request, conversation, explains=explain_speed).talk(
             LineEditor([name.split()[0] for name in COMMANDS]).read
         )
 
@@ -104,7 +105,10 @@ def chat(
 class Chat:
     """The loop: read a line, obey it or answer it."""
 
-    def __init__(self, engine: Engine, name: str, request: Request, conversation: Conversation) -> None:
+    def __init__(
+        self, engine: Engine, name: str, request: Request, conversation: Conversation, *, explains: bool = False
+    ) -> None:
+        self._explains = explains  # the speed of every answer
         self._engine = engine
         self._name = name
         self._request = request
@@ -283,8 +287,9 @@ class Chat:
 
         answer = Answer()
         view = AnswerView(answer, show_thinking=self._shows_thinking)
+        timed = speed.timer(self._engine) if self._explains else None
         try:
-            collect(self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer)
+            collect(self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer, timed=timed)
         except ContextOverflowError:
             self._unanswered = None
             _say(
@@ -296,6 +301,8 @@ class Chat:
             view.finish()
         self._last = answer
         _say(self._afterword(answer) + "\n")
+        if timed is not None:
+            speed.tell(speed.of_answer(self._engine, timed, answer))
         if not answer.text:
             return False
         self._unanswered = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import options, prompt, settings, streams
+from localmoe.cli import options, prompt, settings, speed, streams
 from localmoe.cli.answer import Answer, Request, collect, guesses
 from localmoe.cli.failure import INTERRUPTED
 from localmoe.errors import StorageError, UsageError
@@ -24,7 +24,7 @@ _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
     "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at "
     "a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
-    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included"
+    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included, with --explain-speed also " + speed.KEYS
 )
 
 
@@ -77,6 +77,7 @@ def run(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    explain_speed: options.ExplainSpeed = False,
     yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
@@ -113,13 +114,18 @@ def run(
             top_logprobs=logprobs,
         )
         printer = _Printer(answer=not as_json, thinking=show_thinking)
-        answer = collect(engine, asked, request, printer.show)
+        timed = speed.timer(engine) if explain_speed else None
+        answer = collect(engine, asked, request, printer.show, timed=timed)
         printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
         if thoughts is not None:
             _write_thinking(think_to, thoughts, answer.thinking)
+        why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
         if as_json:
-            streams.write_json(_as_json(label(resolved), answer))
+            explained = {key: speed.as_json(value) for key, value in why.items()}
+            streams.write_json(_as_json(label(resolved), answer) | explained)
         streams.remark(statistics(answer, engine.max_context))
+        if why and not as_json:
+            speed.tell(why["speed"])
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
 

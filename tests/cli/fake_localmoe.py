@@ -35,6 +35,7 @@ class FakeStats:
     decode_seconds: float = 0.5
     reused_tokens: int = 0
     speculation: FakeSpeculation | None = None
+    sampling_seconds: float = 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
