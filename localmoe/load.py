@@ -30,6 +30,7 @@ from localmoe.model.deepseek import Model
 from localmoe.model.kv_cache import LatentCache, row_bytes
 from localmoe.model.mtp import MtpLayer, has_mtp
 from localmoe.model.shapes import check_checkpoint
+from localmoe.offload.counts import ExpertCounts
 from localmoe.offload.experts import ExpertStore
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
@@ -52,6 +53,7 @@ def load(
     ram: int | None = None,
     cache_dtype: str = "auto",
     mtp: int | None = 0,
+    counts: ExpertCounts | None = None,
 ) -> Engine:
     """Open a model: a name or repository id, with or without a `:RECIPE` or `:source` ending, or a directory.
 
@@ -60,7 +62,7 @@ def load(
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
-    measuring finds to pay, 0: none.
+    measuring finds to pay, 0: none. `counts` counts the experts that are chosen.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
@@ -83,10 +85,11 @@ def load(
         torch.set_num_threads(threads)
     if budget is not None and needs.always + needs.experts < budget:
         checkpoint.warm()
-    experts = ExpertStore(checkpoint, config, chosen)
-    engine = Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
+    store = ExpertStore(checkpoint, config, chosen)
+    experts = store.layer if counts is None else counts.watching(store.layer)
+    engine = Engine(Model(config, checkpoint, chosen, experts), checkpoint, chosen, context)
     if mtp != 0:
-        layer = MtpLayer(engine.model, checkpoint, chosen, experts.layer) if has_mtp(config, checkpoint) else None
+        layer = MtpLayer(engine.model, checkpoint, chosen, experts) if has_mtp(config, checkpoint) else None
         engine.speculate(layer, mtp)
     return engine
 

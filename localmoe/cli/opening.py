@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from localmoe.cli.options import Machine
     from localmoe.load import Engine
+    from localmoe.offload.counts import ExpertCounts
     from localmoe.store import Resolved
 
 
@@ -35,7 +36,7 @@ def open_engine(model: str, machine: Machine, *, yes: bool = False) -> tuple[Res
         streams.passing_remark("")
 
 
-def load_engine(path: Path, machine: Machine) -> Engine:
+def load_engine(path: Path, machine: Machine, counts: ExpertCounts | None = None) -> Engine:
     """The only place where the command line meets torch; tests put their own engine here."""
     from localmoe.load import load
 
@@ -49,6 +50,7 @@ def load_engine(path: Path, machine: Machine) -> Engine:
         ctx=machine.context,
         cache_dtype=machine.cache_dtype,
         mtp=machine.mtp,
+        counts=counts,
     )
 
 
