@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from localmoe.errors import ContextOverflowError
-from localmoe.model.kv_cache import LatentCache, row_bytes
+from localmoe.model.kv_cache import row_bytes
 
 if TYPE_CHECKING:
     from localmoe.formats.safetensors import TensorInfo
@@ -153,7 +153,7 @@ def _prefill(engine: Engine, count: int) -> float:
 def prefill_ids(engine: Engine, ids: torch.Tensor) -> float:
     """Seconds to the logits of the last of these ids int64 [T], from an empty cache."""
     count = len(ids)
-    cache = LatentCache(engine.config, count, engine.kernels.cache_dtype)
+    cache = engine.model.new_cache(count)
     started = time.perf_counter()
     with torch.inference_mode():
         for start in range(0, count, _CHUNK):
@@ -163,7 +163,7 @@ def prefill_ids(engine: Engine, ids: torch.Tensor) -> float:
 
 def _decode(engine: Engine, count: int, context: int) -> tuple[float, dict[str, float]]:
     """Median seconds a token, and the mean milliseconds of its parts."""
-    cache = LatentCache(engine.config, context + count + 1, engine.kernels.cache_dtype)
+    cache = engine.model.new_cache(context + count + 1)
     generator = torch.Generator().manual_seed(0)
     for layer in range(engine.config.num_hidden_layers):
         cache.append(layer, torch.randn(context, engine.config.latent_width, generator=generator))

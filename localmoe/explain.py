@@ -86,7 +86,7 @@ class Change:
 class Explanation:
     """`milliseconds_per_token` by part, adding up to a token's; `bytes_per_token` by the parts that read weights or
     cache (empty where that is not known); `limit_share` is bytes a second over the limit; `hit_rate_by_layer` is the
-    share of expert uses that the card's memory served (None: no card); `changes` the best first."""
+    share of expert uses that the card's memory serves, as it was placed (None: no card); `changes` the best first."""
 
     tokens: int
     tokens_per_second: float
@@ -119,6 +119,10 @@ def explain_engine(
     }
     facts = look(ask_cards=False)
     threads = engine.kernels.threads
+    if engine.placement is not None:  # a card's time is one part, so there is nothing to reckon changes from
+        moe = [home for home, layer in zip(engine.placement.layers, subject.sizes.layers, strict=True) if layer.experts]
+        on_card = replace(sample, several=True)
+        return replace(explain(on_card, subject, None, {}), hit_rate_by_layer=[home.gpu_hits for home in moe])
     return explain(
         sample,
         subject,
@@ -197,7 +201,7 @@ def explain(
         limit_bytes_per_second=limit.bytes_per_second if limit else None,
         limit=f"{limit.what} ({limit.origin})" if limit else None,
         limit_share=sum(read.values()) / total / limit.bytes_per_second if limit and read else None,
-        hit_rate_by_layer=None,  # the CPU's engine has no card's memory to hit
+        hit_rate_by_layer=None,
         changes=sorted(changes, key=lambda change: -change.gain),
     )
 

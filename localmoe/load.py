@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -27,17 +27,23 @@ from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
-from localmoe.model.kv_cache import LatentCache, row_bytes
+from localmoe.model.kv_cache import row_bytes
 from localmoe.model.mtp import MtpLayer, has_mtp
 from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.counts import ExpertCounts
+from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
+from localmoe.offload.machine import GIB
+from localmoe.offload.plan import Budgets, Placement, experts_on_card, place
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
 from localmoe.store import Resolved, resolve
 from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
+
+if TYPE_CHECKING:
+    from localmoe.model.card.model import CardModel
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -62,12 +68,12 @@ def load(
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
-    measuring finds to pay, 0: none. `counts` counts the experts that are chosen.
+    measuring finds to pay, 0: none. `counts` counts the experts that are chosen, on the CPU's engine.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
     """
-    _check_device(device, vram)
+    card = choose_card(device, vram)
     if mtp is not None and not 0 <= mtp <= MOST_DRAFTS:
         raise UsageError(f"--mtp {mtp}: from 0 to {MOST_DRAFTS} tokens can be guessed at a time")
     chosen = Kernels.choose(kernels, threads, cache_dtype)
@@ -78,32 +84,74 @@ def load(
     check_checkpoint(config, checkpoint)
     needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row_bytes(config, chosen.cache_dtype))
     budget = available_memory() if ram is None else ram
-    context = choose_context(needs, config.max_position_embeddings, ctx, budget)
     if threads is not None:
         # Torch computes what has no kernel of ours (norms, softmax, prefill). Its pool belongs to the process and
         # idles while our kernels' pool runs, so both get the same number. Unset, torch takes a thread a core.
         torch.set_num_threads(threads)
     if budget is not None and needs.always + needs.experts < budget:
         checkpoint.warm()
-    store = ExpertStore(checkpoint, config, chosen)
-    experts = store.layer if counts is None else counts.watching(store.layer)
-    engine = Engine(Model(config, checkpoint, chosen, experts), checkpoint, chosen, context)
+    experts = ExpertStore(checkpoint, config, chosen)
+    if card is not None:
+        engine = _on_card(card, checkpoint, config, chosen, experts, Budgets(budget, card.vram, ctx))
+    else:
+        context = choose_context(needs, config.max_position_embeddings, ctx, budget)
+        layer = experts.layer if counts is None else counts.watching(experts.layer)
+        engine = Engine(Model(config, checkpoint, chosen, layer), checkpoint, chosen, context)
     if mtp != 0:
-        layer = MtpLayer(engine.model, checkpoint, chosen, experts) if has_mtp(config, checkpoint) else None
-        engine.speculate(layer, mtp)
+        engine.speculate(_mtp_layer(engine.model, checkpoint, chosen, experts), mtp)
     return engine
+
+
+def _on_card(
+    card: CardMemory, checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels, experts: ExpertStore, may: Budgets
+) -> Engine:
+    """An engine with as much of the model on the card as its memory holds."""
+    from localmoe.model.card.model import CardLayout, CardModel
+    from localmoe.offload.card import CardExperts
+
+    subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype))
+    placed = place(subject, may)
+    hold_to(card)
+    kept = CardExperts(checkpoint, config, kernels, experts_on_card(subject, placed.layers), card.device)
+    layers = sum(layer.on_gpu for layer in placed.layers)
+    layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context)
+    try:
+        model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"--vram {card.vram / GIB:.2f} GiB: other programs took the card's memory meanwhile; try again with less"
+        ) from error
+    return Engine(model, checkpoint, kernels, placed.context, placed)
+
+
+def _mtp_layer(
+    model: Model | CardModel, checkpoint: Checkpoint, kernels: Kernels, experts: ExpertStore
+) -> MtpLayer | None:
+    """The checkpoint's own. On a card guesses come from what the text repeats: the MTP layer is the CPU's so far."""
+    if not isinstance(model, Model) or not has_mtp(model.config, checkpoint):
+        return None
+    return MtpLayer(model, checkpoint, kernels, experts.layer)
 
 
 class Engine:
     """An open model. Made by `load`; close it, or use it as a context manager."""
 
-    def __init__(self, model: Model, checkpoint: Checkpoint, kernels: Kernels, max_context: int) -> None:
+    def __init__(
+        self,
+        model: Model | CardModel,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        max_context: int,
+        placement: Placement | None = None,
+    ) -> None:
+        self.placement = placement
+        """Where everything is, if some of it is on a card."""
         self.config: ModelConfig = model.config
         self.path: Path = checkpoint.directory
         self.kernels = kernels
         self.max_context = max_context
         self._checkpoint = checkpoint
-        self._model: Model | None = model
+        self._model: Model | CardModel | None = model
         self._cached: CachedTokens | None = None  # what `reuse_prefix` goes on from
         self._mtp: MtpLayer | None = None
         self._lengths: DraftLength | None = None
@@ -162,7 +210,7 @@ class Engine:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if len(ids) > self.max_context:
             raise ContextOverflowError(f"{len(ids):,} tokens do not fit the context of {self.max_context:,}")
-        cache = LatentCache(self.config, len(ids), self.kernels.cache_dtype)
+        cache = model.new_cache(len(ids))
         logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
         with torch.inference_mode():
             for start in range(0, max(len(ids), 1), PREFILL_CHUNK):
@@ -254,7 +302,7 @@ class Engine:
         self._checkpoint.close()
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Model | CardModel:
         """The network itself, for tools that run it their own way. Raises UsageError when the engine is closed."""
         if self._model is None:
             raise UsageError("the engine is closed")
@@ -274,7 +322,7 @@ class Engine:
             drafter = MtpDrafter(self._mtp, self._mtp.cache(capacity, dtype))
         elif self._lengths is not None:
             drafter = LookupDrafter()
-        return CachedTokens(LatentCache(self.config, capacity, dtype), drafter)
+        return CachedTokens(self.model.new_cache(capacity), drafter)
 
     def _chat_ids(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
         template = self.chat_template
@@ -291,15 +339,6 @@ class Engine:
     @cached_property
     def _end_ids(self) -> frozenset[int]:
         return self.tokenizer.eos_ids if self._has_tokenizer else end_token_ids(self.path)
-
-
-def _check_device(device: str, vram: int | None) -> None:
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {device!r} is unknown; choose auto, cpu or cuda")
-    if device == "cuda":
-        raise DeviceError("this version of localmoe computes on the CPU; leave out --device cuda")
-    if vram is not None:
-        raise DeviceError("this version of localmoe computes on the CPU and uses no GPU memory; leave out --vram")
 
 
 def _refuse_unquantized(resolved: Resolved, checkpoint: Checkpoint) -> None:

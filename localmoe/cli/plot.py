@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def measure(resolved: Resolved, machine: Machine, context: int) -> Charts:
     streams.passing_remark("counting experts ...")
     config = ModelConfig.from_dict(read_json_object(resolved.path / "config.json"))
     counts = ExpertCounts(config.n_routed_experts)
-    with load_engine(resolved.path, machine, counts) as engine:
+    with load_engine(resolved.path, replace(machine, device="cpu", vram=None), counts) as engine:
         ids, is_text = _ids(engine)
         prefill_ids(engine, ids)
     return Charts(decode, counts.uses(), len(ids), is_text)

@@ -90,10 +90,10 @@ def text(found: Explanation) -> str:
     ]
     if found.limit_share is not None and found.limit_bytes_per_second is not None:
         lines.append(f"{found.limit_share:.0%} of what {found.limit} gives, {_rate(found.limit_bytes_per_second)}")
-    elif not found.bytes_per_token:
+    elif not found.bytes_per_token and not found.hit_rate_by_layer:
         lines.append("bytes are not counted where guesses let a pass compute several tokens")
     if found.hit_rate_by_layer:
-        lines.append("on the card, by layer: " + " ".join(f"{rate:.0%}" for rate in found.hit_rate_by_layer))
+        lines.append("experts on the card, by layer: " + " ".join(f"{rate:.0%}" for rate in found.hit_rate_by_layer))
     if found.changes:
         best = found.changes[0]
         lines.append(f"what would help most: {best.change}: {best.tokens_per_second:.1f} tokens/s ({best.gain:+.0%})")

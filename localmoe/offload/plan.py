@@ -14,12 +14,13 @@ from typing import Literal
 from localmoe.errors import DeviceError, UsageError
 from localmoe.memory import LEAST_CONTEXT, USABLE, MemoryNeeds, choose_context
 from localmoe.model.config import ModelConfig
+from localmoe.model.sizes import card_workspace
 from localmoe.offload.machine import GIB, Machine
 from localmoe.offload.predict import CHUNK, Residence, Speed, Subject, decode, prefill, stream_from
 
 Tier = Literal["gpu", "ram", "disk"]
 
-_CUDA_CONTEXT = 512 << 20  # the driver's and the libraries' own, in every process that computes on a card
+CUDA_CONTEXT = 512 << 20  # the driver's and the libraries' own, in every process that computes on a card
 _STAGING = 128 << 20  # two buffers of 64 MiB that experts are streamed through, on either side
 
 
@@ -123,9 +124,16 @@ def place(subject: Subject, budgets: Budgets, held: int | None = None) -> Placem
 
 def gpu_workspace(config: ModelConfig, chunk: int = CHUNK) -> int:
     """Bytes of the card that hold neither weights nor cache: CUDA's own, staging buffers, one chunk's activations."""
-    heads = config.num_attention_heads * (config.qk_head_dim + config.latent_width)
-    floats = chunk * (6 * config.hidden_size + heads) + config.vocab_size
-    return _CUDA_CONTEXT + _STAGING + 4 * floats
+    return CUDA_CONTEXT + _STAGING + card_workspace(config, chunk)
+
+
+def experts_on_card(subject: Subject, layers: Sequence[Residence]) -> list[list[int]]:
+    """Layer by layer, the experts that `place` put on the card: the hottest, in ascending order."""
+    chosen: list[list[int]] = [[] for _ in layers]
+    for _, expert, index in _by_heat(subject):
+        if len(chosen[index]) < layers[index].gpu_experts:
+            chosen[index].append(expert)
+    return [sorted(experts) for experts in chosen]
 
 
 def _place_on_cpu(subject: Subject, budgets: Budgets, held: int | None) -> Placement:

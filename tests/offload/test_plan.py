@@ -106,7 +106,7 @@ def test_less_than_a_layer_is_refused_with_what_would_do() -> None:
     named = float(str(told.value).split("tokens; ")[1].split(" GiB")[0])
     assert place(v3, Budgets(ram=512 * GIB, vram=int(named * GIB), context=4096)).layers[0].on_gpu
     with pytest.raises(DeviceError, match="of CPU memory"):
-        place(v3, Budgets(ram=4 * GIB, vram=2 * GIB, context=4096))
+        place(v3, Budgets(ram=4 * GIB, vram=3 * GIB, context=4096))
     with pytest.raises(UsageError, match="1 to 163840"):
         place(v3, Budgets(vram=24 * GIB, context=163841))
 
