@@ -18,6 +18,7 @@ from localmoe.errors import ContextOverflowError, LocalMoeError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from localmoe.cli.model_switch import ModelSwitch
     from localmoe.load import Engine
 
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
     "/load NAME": "go on with a conversation that was kept",
     "/export FILE.md": "write the conversation as Markdown",
     "/copy": "put the last answer on the clipboard (the terminal's, by OSC 52)",
+    "/model NAME": "go on with another model; without NAME say which this is",
     "/stats": "model, context used, speed of the last answer",
     "/exit": "leave (so does Ctrl-D)",
 }
@@ -83,6 +85,7 @@ def chat(
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")
 
     from localmoe.cli.line_editor import LineEditor
+    from localmoe.cli.model_switch import ModelSwitch
     from localmoe.cli.opening import label, open_engine
 
     resolved, engine = open_engine(model, machine, yes=yes)
@@ -97,9 +100,12 @@ def chat(
         )
         conversation = Conversation(system)
         splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question
-        Chat(engine, label(resolved), request, conversation, explains=explain_speed).talk(
-            LineEditor([name.split()[0] for name in COMMANDS]).read
-        )
+        talk = Chat(engine, label(resolved), request, conversation, explains=explain_speed)
+        talk.switch = ModelSwitch(resolved, machine, flags, yes=yes)
+        try:
+            talk.talk(LineEditor([name.split()[0] for name in COMMANDS], talk.status).read)
+        finally:
+            talk.close()
 
 
 class Chat:
@@ -108,6 +114,7 @@ class Chat:
     def __init__(
         self, engine: Engine, name: str, request: Request, conversation: Conversation, *, explains: bool = False
     ) -> None:
+        self.switch: ModelSwitch | None = None  # what /model changes the model with
         self._explains = explains  # the speed of every answer
         self._engine = engine
         self._name = name
@@ -118,6 +125,16 @@ class Chat:
         self._shows_thinking = False
         self._draft = ""  # what the next prompt begins with
         self._attached: list[str] = []  # files that go with the next question
+
+    def close(self) -> None:
+        """Close the engine that the chat ended with."""
+        self._engine.close()
+
+    def status(self) -> str:
+        """The line under the prompt."""
+        from localmoe.cli.status import status
+
+        return status(self._engine, self._name, self._last)
 
     def _next_draft(self) -> str:
         draft, self._draft = self._draft, ""
@@ -166,6 +183,7 @@ class Chat:
             "/load": self._load,
             "/export": self._export,
             "/copy": self._copy,
+            "/model": self._change_model,
             "/stats": lambda _: _say(self._statistics()),
         }
 
@@ -258,6 +276,15 @@ class Chat:
             data = base64.b64encode(self._conversation.turns[-1].answer.encode()).decode()
             streams.draw(f"\x1b]52;c;{data}\x07")
             _say("copied, if this terminal lets programs copy")
+
+    def _change_model(self, model: str) -> None:
+        if not model or self.switch is None:
+            _say(f"{self._name} ({self._engine.path}); /model NAME goes on with another one")
+            return
+        opened = self.switch(self._engine, self._request, model)
+        self._engine, self._name, self._request = opened.engine, opened.name, opened.request
+        self._last = None
+        _say(opened.problem or f"{self._name} · context {self._engine.max_context} tokens · the conversation goes on")
 
     def _set_system(self, text: str) -> None:
         if text:

@@ -19,19 +19,27 @@ if TYPE_CHECKING:
 
 
 def open_engine(model: str, machine: Machine, *, yes: bool = False) -> tuple[Resolved, Engine]:
-    """The model and its engine, which the caller closes. Says on standard error what takes time.
+    """The model and its engine, which the caller closes. Says on standard error what takes time."""
+    resolved = find(model, machine, yes=yes)
+    return resolved, open_found(resolved, machine)
 
-    A model that is not here is downloaded first if the user, asked or by `yes`, agrees."""
+
+def find(model: str, machine: Machine, *, yes: bool = False) -> Resolved:
+    """As `locate`, but what is not here is downloaded first if the user, asked or by `yes`, agrees."""
     try:
-        resolved = locate(model)
+        return locate(model)
     except ModelNotFoundError as error:
         from localmoe.cli.first_run import bring
 
         bring(model, machine, error, yes=yes)
-        resolved = locate(model)
+        return locate(model)
+
+
+def open_found(resolved: Resolved, machine: Machine) -> Engine:
+    """The engine of a model that was found."""
     streams.passing_remark(f"loading {label(resolved)} ...")
     try:
-        return resolved, load_engine(resolved.path, machine)
+        return load_engine(resolved.path, machine)
     finally:
         streams.passing_remark("")
 
