@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from localmoe.cli import options, settings, speed, streams, transcript
 from localmoe.cli.answer import Answer, Request, collect, guesses, splitter
 from localmoe.cli.conversation import Conversation
+from localmoe.cli.status import folded, status
 from localmoe.errors import ContextOverflowError, LocalMoeError, UsageError
 
 if TYPE_CHECKING:
@@ -132,8 +133,6 @@ class Chat:
 
     def status(self) -> str:
         """The line under the prompt."""
-        from localmoe.cli.status import status
-
         return status(self._engine, self._name, self._last)
 
     def _next_draft(self) -> str:
@@ -316,7 +315,10 @@ class Chat:
         view = AnswerView(answer, show_thinking=self._shows_thinking)
         timed = speed.timer(self._engine) if self._explains else None
         try:
-            collect(self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer, timed=timed)
+            with streams.no_echo():
+                collect(
+                    self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer, timed=timed
+                )
         except ContextOverflowError:
             self._unanswered = None
             _say(
@@ -380,5 +382,5 @@ class Chat:
 
 
 def _say(text: str) -> None:
-    streams.write(text, faint=True)
+    streams.write(folded(text, streams.columns()), faint=True)
     streams.write("\n")

@@ -36,6 +36,21 @@ def fitting(parts: list[str], columns: int) -> str:
     return line
 
 
+def folded(text: str, columns: int) -> str:
+    """Lines of facts with dots between them, broken at a dot where they are wider than `columns`."""
+    rows = []
+    for line in text.split("\n"):
+        row, *rest = line.split(_BETWEEN)
+        for fact in rest:
+            if width(row + _BETWEEN + fact) > columns:
+                rows.append(row)
+                row = fact
+            else:
+                row += _BETWEEN + fact
+        rows.append(row)
+    return "\n".join(rows)
+
+
 def _card(engine: Engine) -> list[str]:
     """The share of the experts' uses that the card serves, as they were placed, and its memory in use."""
     placement = engine.placement

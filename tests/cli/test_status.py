@@ -9,7 +9,7 @@ import pytest
 
 from localmoe.cli import streams
 from localmoe.cli.answer import Answer
-from localmoe.cli.status import fitting, status
+from localmoe.cli.status import fitting, folded, status
 from localmoe.offload.plan import Placement, Share
 from localmoe.offload.predict import Residence
 
@@ -45,3 +45,10 @@ def test_what_matters_least_goes_first(columns) -> None:
     assert fitting(["龍龍", "b"], 8) == "龍龍 · b"
     assert fitting(["龍龍", "b"], 7) == "龍龍"
     assert fitting(["龍龍", "b"], 3) == ""
+
+
+def test_a_line_of_facts_is_broken_between_them() -> None:
+    text = "17 tokens · 32.0 tokens/s · context 18/64\nno facts here, and longer than the terminal is wide\n"
+    assert folded(text, 40) == text.replace(" · context", "\ncontext")
+    assert folded(text, 41) == text
+    assert folded("a · b · c", 1) == "a\nb\nc"
