@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from localmoe.model.config import ModelConfig
 
 _FIRST_PROMPT = 16  # tokens of the prompt whose first token is waited for
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ def prefill_ids(engine: Engine, ids: torch.Tensor) -> float:
     cache = engine.model.new_cache(count)
     started = time.perf_counter()
     with torch.inference_mode():
-        for start in range(0, count, _CHUNK):
-            engine.model.forward(ids[start : start + _CHUNK], cache, last_only=True)
+        for start in range(0, count, engine.model.prefill_chunk):
+            engine.model.forward(ids[start : start + engine.model.prefill_chunk], cache, last_only=True)
     return time.perf_counter() - started
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -22,7 +23,7 @@ from localmoe.errors import (
 )
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import TensorInfo
-from localmoe.generate import PREFILL_CHUNK, Settings, Step, generate
+from localmoe.generate import Settings, Step, generate
 from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
@@ -33,12 +34,16 @@ from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.counts import ExpertCounts
 from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
+from localmoe.offload.heat import Heat, heat_file
 from localmoe.offload.machine import GIB
-from localmoe.offload.plan import Budgets, Placement, experts_on_card, place
+from localmoe.offload.plan import Budgets, Placement, experts_on_card, place, prompt_chunk
+from localmoe.offload.predict import stream_from
+from localmoe.offload.probe import look
+from localmoe.offload.record import machine_here
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
-from localmoe.store import Resolved, resolve
+from localmoe.store import Resolved, home, resolve
 from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
 
@@ -59,6 +64,7 @@ def load(
     ram: int | None = None,
     cache_dtype: str = "auto",
     mtp: int | None = 0,
+    deterministic: bool = False,
     counts: ExpertCounts | None = None,
 ) -> Engine:
     """Open a model: a name or repository id, with or without a `:RECIPE` or `:source` ending, or a directory.
@@ -68,7 +74,8 @@ def load(
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
-    measuring finds to pay, 0: none. `counts` counts the experts that are chosen, on the CPU's engine.
+    measuring finds to pay, 0: none. On a card experts change places as they are used, and with them the last bits of
+    results, unless it is to be `deterministic`. `counts` counts the experts that are chosen, on the CPU's engine.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
@@ -92,7 +99,7 @@ def load(
         checkpoint.warm()
     experts = ExpertStore(checkpoint, config, chosen)
     if card is not None:
-        engine = _on_card(card, checkpoint, config, chosen, experts, Budgets(budget, card.vram, ctx))
+        engine = _on_card(card, checkpoint, config, chosen, experts, Budgets(budget, card.vram, ctx), deterministic)
     else:
         context = choose_context(needs, config.max_position_embeddings, ctx, budget)
         layer = experts.layer if counts is None else counts.watching(experts.layer)
@@ -103,25 +110,44 @@ def load(
 
 
 def _on_card(
-    card: CardMemory, checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels, experts: ExpertStore, may: Budgets
+    card: CardMemory,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    kernels: Kernels,
+    experts: ExpertStore,
+    may: Budgets,
+    deterministic: bool,
 ) -> Engine:
     """An engine with as much of the model on the card as its memory holds."""
     from localmoe.model.card.model import CardLayout, CardModel
     from localmoe.offload.card import CardExperts
 
-    subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype))
+    known = heat_file(home(), checkpoint.directory)
+    heat = Heat.read(known, config)
+    subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
     placed = place(subject, may)
     hold_to(card)
-    kept = CardExperts(checkpoint, config, kernels, experts_on_card(subject, placed.layers), card.device)
+    machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True)
+    from_tokens = stream_from(subject, machine, placed.layers)
+    chosen = experts_on_card(subject, placed.layers)
+    kept = CardExperts(checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens)
     layers = sum(layer.on_gpu for layer in placed.layers)
-    layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context)
+    layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context, prompt_chunk(config, card.vram))
     try:
-        model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer)
+        model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer, kept.between_passes)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"--vram {card.vram / GIB:.2f} GiB: other programs took the card's memory meanwhile; try again with less"
         ) from error
-    return Engine(model, checkpoint, kernels, placed.context, placed)
+    if not deterministic:
+        kept.keep_fresh()
+
+    def closing() -> None:
+        kept.close()
+        with suppress(OSError):  # a hint for the next run, which does without
+            heat.plus(kept.uses()).write(known)
+
+    return Engine(model, checkpoint, kernels, placed.context, placed, closing)
 
 
 def _mtp_layer(
@@ -143,9 +169,11 @@ class Engine:
         kernels: Kernels,
         max_context: int,
         placement: Placement | None = None,
+        closing: Callable[[], None] = lambda: None,
     ) -> None:
         self.placement = placement
         """Where everything is, if some of it is on a card."""
+        self._closing = closing  # called once
         self.config: ModelConfig = model.config
         self.path: Path = checkpoint.directory
         self.kernels = kernels
@@ -213,8 +241,8 @@ class Engine:
         cache = model.new_cache(len(ids))
         logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
         with torch.inference_mode():
-            for start in range(0, max(len(ids), 1), PREFILL_CHUNK):
-                chunk = slice(start, start + PREFILL_CHUNK)
+            for start in range(0, max(len(ids), 1), model.prefill_chunk):
+                chunk = slice(start, start + model.prefill_chunk)
                 logits[chunk] = model.forward(ids[chunk], cache)
         return logits
 
@@ -292,11 +320,14 @@ class Engine:
             settings,
             end_ids=self._end_ids,
             detokenizer=self.tokenizer.stream() if self._has_tokenizer else None,
+            prefill_chunk=model.prefill_chunk,
             lengths=self._lengths,
         )
 
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
+        if self._model is not None:
+            self._closing()
         self._model = self._mtp = None
         self._cached = None
         self._checkpoint.close()

@@ -16,6 +16,11 @@ from localmoe.model.mla import Attention, Path, Positions, cheaper_path
 from localmoe.model.moe import Experts, MoE
 from localmoe.model.rope import Rope
 
+PREFILL_CHUNK = 512
+"""Tokens of a prompt computed in one pass. Large enough that an expert meets a batch worth reading its weights
+for (V2-Lite: 512 * 6 / 64 = 48 tokens an expert), small enough that activations stay in tens of MB and Ctrl-C is
+noticed between passes."""
+
 
 class Block:
     """One layer: attention and MLP (dense or MoE), each after its norm and added to the stream."""
@@ -80,6 +85,7 @@ class Model:
         path: Path | None = None,
     ) -> None:
         self.config = config
+        self.prefill_chunk = PREFILL_CHUNK
         self._path = path
         self._kernels = kernels
         self._rope = Rope(config)

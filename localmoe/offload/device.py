@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +82,11 @@ def hold_to(memory: CardMemory) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(memory.vram - CUDA_CONTEXT, 1) / total), memory.device)
 
 
-def subject_of(config: ModelConfig, checkpoint: Checkpoint, cache_row: int) -> Subject:
+def subject_of(
+    config: ModelConfig, checkpoint: Checkpoint, cache_row: int, heat: Sequence[Sequence[float]] | None
+) -> Subject:
     """An opened checkpoint as `localmoe.offload.plan` places it; a card holds FP8 as bf16."""
     storage = Storage.of(checkpoint.config)
     if storage.fp8_block is not None:
         storage = Storage(None, torch.bfloat16)
-    return Subject(config, model_sizes(config, storage), cache_row)
+    return Subject(config, model_sizes(config, storage), cache_row, heat)

@@ -39,8 +39,8 @@ class Terminal:
         self._tmux = ["tmux", "-u", "-S", f"{self._directory}/socket", "-f", str(options)]
         inside = [f"{name}={value}" for name, value in environment.items() if name != "TERM" or value == "dumb"]
         size = ["-x", str(columns), "-y", str(rows)]
-        # tmux 3.3 sometimes misses the end of a program, so a shell tells it on the screen
-        shell = ["sh", "-c", '"$@"; echo "left with $?"; read -r _', "sh"]
+        # tmux 3.3 sometimes misses the end of a program, so a shell, which lives through Ctrl-C, tells it on the screen
+        shell = ["sh", "-c", 'trap : INT; "$@"; echo "left with $?"; read -r _', "sh"]
         started = [*shell, "env", "-u", "TMUX", *inside, *command]
         self._call("new-session", "-d", *size, *started, environment=environment)
 

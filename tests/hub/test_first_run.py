@@ -101,16 +101,18 @@ def test_interrupted_it_goes_on_and_then_it_is_here(demo_hub, machine, tmp_path)
 
 @pytest.mark.parametrize(("typed", "status"), [("\n", 0), ("n\n", 1), ("\x03", 130)])
 def test_a_person_is_asked_once(demo_hub, machine, tmp_path, typed, status):
-    """The question and the progress are on the terminal, the answer alone in the pipe."""
+    """The question and the progress are on the terminal, the answer alone in the pipe; a `:source` is not quantized."""
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", TERMINAL_PROGRAM, *ASKED[3:]]
+    model = REPO if status else f"{REPO}:source"
+    command = [sys.executable, "-c", TERMINAL_PROGRAM, "run", model, *ASKED[5:]]
     process = subprocess.Popen(
         command, env=machine, stdin=slave, stdout=-1, stderr=slave, text=True, start_new_session=True
     )
     os.close(slave)
     seen = read_until(master, "[Y/n]")
-    for name in ("download", "quantize", "disk", "runs on", "memory", "speed"):
+    for name in ("download", "disk", "runs on", "memory", "speed", *(["quantize"] if status else [])):
         assert f"\n  {name} " in seen.replace("\r", ""), seen
+    assert ("Download and quantize it?" if status else "Download it?") in seen
     assert set(demo_hub.fetched()) == {"config.json"}
     os.write(master, typed.encode())
     rest = read_until(master, None)

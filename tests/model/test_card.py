@@ -7,13 +7,14 @@ layers. On a GPU prompts are multiplied in bfloat16, and 5 % are allowed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from localmoe.errors import ContextOverflowError, InputError, UsageError
+from localmoe.errors import ContextOverflowError, DeviceError, InputError, UsageError
 from localmoe.formats import int4, int8
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 from localmoe.kernels.dispatch import Kernels
@@ -24,6 +25,7 @@ from localmoe.model.kv_cache import LatentCache
 from localmoe.model.shapes import layer_modules, layer_tensors
 from localmoe.offload.card import CardExperts
 from localmoe.offload.experts import ExpertStore
+from localmoe.offload.refresh import EVERY, Refresh
 
 BASE: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -126,11 +128,12 @@ def models(
     on_card: Sequence[int] = range(8),
     kernels: str = "reference",
     cache: str = "float32",
+    stream_from: int | None = None,
 ) -> tuple[CardModel, Model]:
     config = ModelConfig.from_dict({**BASE, **(changes or {})})
     source = RandomSource(config)
     chosen, reference = Kernels.choose(kernels, 1, cache), Kernels.choose("reference", cache_dtype=cache)
-    placed = CardExperts(source, config, chosen, [on_card] * 2, device)
+    placed = CardExperts(source, config, chosen, [on_card] * 2, device, stream_from=stream_from)
     layout = CardLayout(device, layers, head, 48)
     ours = CardModel(config, source, chosen, layout, placed.layer, ExpertStore(source, config, chosen).layer)
     return ours, Model(config, source, reference, ExpertStore(source, config, reference).layer)
@@ -173,6 +176,31 @@ def test_experts_on_both_sides(on_card: Sequence[int], kernels: str, device: tor
     # the native kernels round activations to int8
     tolerance = 1e-4 if kernels == "reference" else 3e-2
     assert_alike(*models(device, on_card=on_card, kernels=kernels), FEW_AND_MANY, tolerance)
+
+
+@pytest.mark.parametrize("on_card", [(), (0, 3, 5)], ids=["none", "some"])
+def test_experts_carried_to_the_card_for_a_prompt(on_card: Sequence[int], device: torch.device) -> None:
+    assert_alike(*models(device, on_card=on_card, stream_from=9), (9, 9))
+
+
+def test_experts_that_change_places_change_nothing_else(device: torch.device) -> None:
+    class AtOnce(Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(fn(*args, **kwargs))
+            return future
+
+    ours, wanted = models(device, on_card=(0, 1))
+    placed = ours._layers[1]._mlp._experts  # type: ignore[union-attr]
+    refresh = Refresh({1: placed}, placed.uses[None].expand(2, -1), AtOnce())
+    before = placed.table.held
+    placed.uses[:] = torch.tensor([0, 0, 0, 0, 0, 90, 80, 0])
+    for _ in range(2 * EVERY + 1):
+        refresh.between_passes()
+        placed.uses[5:7] += 1
+    assert before == [0, 1]
+    assert sorted(placed.table.held) == [5, 6]
+    assert_alike(ours, wanted, (9, 2))
 
 
 @pytest.mark.parametrize(("layers", "head"), [(1, True), (1, False), (2, False)])
@@ -218,3 +246,27 @@ def test_tokens_taken_back_and_a_cache_that_lost_its_memory(device: torch.device
         ours.forward(torch.tensor([96]), second)
     assert second.length == 0
     assert second.nbytes == 2 * 48 * 40 * 4
+
+
+def test_a_pass_that_finds_no_memory_is_done_in_halves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, wanted = models(device, changes={"first_k_dense_replace": 2})
+    layer, asked = ours._layers[0], []
+    many = layer.many
+
+    def short(x: Tensor, *rest: Any) -> Tensor:
+        asked.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError
+        return many(x, *rest)
+
+    monkeypatch.setattr(layer, "many", short)
+    monkeypatch.setattr("localmoe.model.card.model._LEAST_PASS", 4)
+    most = 6
+    assert_alike(ours, wanted, (11,))
+    assert asked == [11, 5, 6]
+    assert ours.prefill_chunk == 5
+    most = 1
+    cache = ours.new_cache(48)
+    with pytest.raises(DeviceError, match="does not hold 9 tokens of a prompt"):
+        ours.forward(torch.arange(9), cache)
+    assert cache.length == 0

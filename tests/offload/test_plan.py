@@ -79,7 +79,7 @@ def test_the_card_is_never_asked_for_more_than_its_budget(name: str, gib: int, c
         assert placement.nbytes("gpu") <= gib * GIB
         tokens = 0 if held == 0 else placement.context
         total = sum(share.nbytes for share in placement.shares)
-        extra = gpu_workspace(model.config) + (128 << 20)
+        extra = gpu_workspace(model.config, gib * GIB) + (128 << 20)
         assert total == model.sizes.nbytes + tokens * model.cache_per_token + extra
     full, empty = place(model, budgets), place(model, budgets, 0)
     assert sum(h.gpu_experts for h in full.layers) <= sum(h.gpu_experts for h in empty.layers)

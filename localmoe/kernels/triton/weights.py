@@ -70,13 +70,14 @@ def upload(weights: Sequence[Weight], device: torch.device) -> DeviceMatrix:
     return stack
 
 
-def empty_stack(like: Weight, count: int, device: torch.device) -> DeviceMatrix:
-    """Room for `count` matrices of the form and shape of `like`. Raises DeviceError as `upload` does."""
+def empty_stack(like: Weight, count: int, device: torch.device, *, pinned: bool = False) -> DeviceMatrix:
+    """Room for `count` matrices of the form and shape of `like`, or in pinned CPU memory for copies to such. Raises
+    DeviceError as `upload` does."""
     kind, group, values, scales = _parts(like)
     if kind != _DENSE and like.in_features % 8:
         raise DeviceError(f"the CUDA kernels need rows of a multiple of 8 weights, not {like.in_features}")
     room = [
-        torch.empty(count * part.shape[0], *part.shape[1:], dtype=part.dtype, device=device)
+        torch.empty(count * part.shape[0], *part.shape[1:], dtype=part.dtype, device=device, pin_memory=pinned)
         for part in (values, scales)
     ]
     table = torch.tensor(nf4.VALUES, dtype=torch.float32, device=device)

@@ -25,6 +25,8 @@ class RoutedExperts(Protocol):
 
     captures: bool
     """Whether a CUDA graph can hold its passes of up to 8 rows."""
+    uses: Tensor
+    """int32 [E] on the card: the router counts there."""
 
     def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Start what is not computed on the card for up to 8 rows, hidden float32 [T, H]."""
@@ -119,5 +121,5 @@ class CardMoE:
             logits, self._bias, ids, weights,
             groups=config.n_group if grouped else 1, top_groups=config.topk_group if grouped else 1,
             sigmoid=config.scoring_func == "sigmoid", normalise=config.norm_topk_prob,
-            factor=config.routed_scaling_factor,
+            factor=config.routed_scaling_factor, counts=self._experts.uses,
         )  # fmt: skip

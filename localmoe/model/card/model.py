@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localmoe.errors import UsageError
+from localmoe.errors import DeviceError, UsageError
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.triton.launch import Launch, launch_for
 from localmoe.kernels.triton.matvec import new_output
@@ -27,15 +27,20 @@ from localmoe.model.moe import Experts
 from localmoe.model.rope import Rope
 from localmoe.model.sizes import HEAD_ROWS
 
+_LEAST_PASS = 64
+"""Tokens of a prompt that are worth a pass where the card's memory turns out to be short."""
+
 
 @dataclass(frozen=True)
 class CardLayout:
-    """What goes to the card: the first `layers` layers with `context` tokens of their cache, and the head or not."""
+    """What goes to the card: the first `layers` layers with `context` tokens of their cache, and the head or not.
+    `chunk` is how many tokens of a prompt there is room for at a time."""
 
     device: torch.device
     layers: int
     head: bool
     context: int
+    chunk: int = 512
 
 
 class CardLayer:
@@ -92,7 +97,8 @@ def _both(vectors: Vectors) -> tuple[Tensor, Tensor]:
 class CardModel:
     """As `localmoe.model.deepseek.Model`: token ids in, float32 logits in CPU memory out.
 
-    `experts` supplies the routed experts of the card's layers and `cpu_experts` those of the others.
+    `experts` supplies the routed experts of the card's layers and `cpu_experts` those of the others; `between_passes`
+    is called when nothing runs.
     """
 
     def __init__(
@@ -103,9 +109,12 @@ class CardModel:
         layout: CardLayout,
         experts: Callable[[int], RoutedExperts],
         cpu_experts: Callable[[int], Experts],
+        between_passes: Callable[[], None] = lambda: None,
     ) -> None:
         device = layout.device
+        self._between_passes = between_passes
         self.config = config
+        self.prefill_chunk = layout.chunk
         self._kernels = kernels
         self._device = device
         self._launch = launch_for(device)
@@ -126,6 +135,7 @@ class CardModel:
         self._rows = RowBuffers(config, device, self._launch)
         self._replay = Replay(device, captures=all(layer.captures for layer in self._layers))
         pinned = device.type == "cuda"
+        self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
         self._staged = torch.empty(MOST_ROWS, config.hidden_size, pin_memory=pinned)
         self._staged_start = torch.empty(1, dtype=torch.int32, pin_memory=pinned)
         self._card_time, self._head_time = kernels.profile.part("card"), kernels.profile.part("head")
@@ -145,7 +155,8 @@ class CardModel:
             self._few(token_ids, cache)
             cache.advance(len(token_ids))
             logits = self._rows.logits[: len(token_ids)]
-            with self._card_time:  # this waits for the card
+            with self._card_time:
+                self._wait()
                 return (logits[-1:] if last_only else logits).to("cpu", copy=True)
         states = self._states(token_ids, cache)
         return self.logits(states[-1:] if last_only else states)
@@ -186,6 +197,7 @@ class CardModel:
             x = self._many(token_ids, cache)
         if self._blocks:
             with self._card_time:
+                self._wait()
                 x = x.cpu()
             self._kernels.share_cores(count)
             places = positions(self.config, self._rope, cache.length, count)
@@ -228,7 +240,28 @@ class CardModel:
         """The card's part of a longer pass: [T, H] on the card."""
         self._check(token_ids, cache)
         self._kernels.share_cores(len(token_ids))
-        start = cache.length
+        try:
+            return self._many_rows(token_ids, cache.length)
+        except torch.OutOfMemoryError:
+            # Somebody else took what was free, or torch's memory is in pieces. Nothing is lost: what the pass had put
+            # into the cache, a pass puts there again
+            torch.cuda.empty_cache()
+            half = len(token_ids) // 2
+            if half < _LEAST_PASS:
+                raise DeviceError(
+                    f"the card's memory does not hold {len(token_ids)} tokens of a prompt: other programs use it too; "
+                    "a smaller --vram or --ctx leaves more free"
+                ) from None
+            self.prefill_chunk = max(half, _LEAST_PASS)
+            return torch.cat(
+                [
+                    self._many_rows(token_ids[:half], cache.length),
+                    self._many_rows(token_ids[half:], cache.length + half),
+                ]
+            )
+
+    def _many_rows(self, token_ids: Tensor, start: int) -> Tensor:
+        """Places from `start` on."""
         with self._card_time:
             x = embedding_rows(self._embedding, token_ids).to(self._device)
             place = torch.tensor([start], dtype=torch.int32, device=self._device)
@@ -236,7 +269,14 @@ class CardModel:
                 x = layer.many(x, self._latents.rows[layer.index], start, place, self._rotations)
         return x
 
+    def _wait(self) -> None:
+        """Until the card is done, asleep: a thread that asks again and again would take a core from the experts'."""
+        if self._done is not None:
+            self._done.record()
+            self._done.synchronize()
+
     def _check(self, token_ids: Tensor, cache: LatentCache) -> None:
+        self._between_passes()
         check_tokens(token_ids, self.config.vocab_size)
         if not isinstance(cache, CardCache):
             raise UsageError("a model on a card needs a cache of its own, from new_cache")

@@ -213,12 +213,14 @@ def check_router(changes: dict[str, Any], device: torch.device, tokens: int = 5)
     wanted_ids, wanted_weights = router.choose(logits)
     ids = torch.empty(tokens, config.num_experts_per_tok, dtype=torch.int32, device=device)
     weights = torch.empty(ids.shape, device=device)
+    counts = torch.full((config.n_routed_experts,), 5, dtype=torch.int32, device=device)
     route(
         logits.to(device), None if bias is None else bias.to(device), ids, weights, groups=config.n_group,
         top_groups=config.n_group if config.topk_method == "greedy" else config.topk_group,
-        sigmoid=config.scoring_func == "sigmoid", normalise=config.norm_topk_prob, factor=2.5,
+        sigmoid=config.scoring_func == "sigmoid", normalise=config.norm_topk_prob, factor=2.5, counts=counts,
     )  # fmt: skip
     assert torch.equal(ids.cpu().long(), wanted_ids), "other experts"
+    assert torch.equal(counts.cpu() - 5, wanted_ids.flatten().bincount(minlength=config.n_routed_experts)), "counts"
     # a GPU's exp is an approximation
     torch.testing.assert_close(weights.cpu(), wanted_weights, rtol=1e-4 if ids.is_cuda else 1e-5, atol=1e-7)
 

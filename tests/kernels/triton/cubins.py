@@ -29,7 +29,7 @@ FORMS = ("bf16", "int4", "int8", "nf4")  # as the kernels number them
 CAPABILITIES = (80, 86, 89, 90, 120)
 POINTERS = {
     "order": "*i32", "block_expert": "*i32", "block_start": "*i32", "block_count": "*i32", "expert_ids": "*i32",
-    "slots": "*i32", "start": "*i32", "cache_bytes": "*u8",
+    "slots": "*i32", "start": "*i32", "cache_bytes": "*u8", "counts": "*i32",
 }  # fmt: skip
 INTEGERS = {"length", "height", "width", "tokens", "heads", "top"}
 
@@ -70,7 +70,7 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
     }  # fmt: skip
     route = {
         "COUNT": 256, "TOP": 8, "GROUPS": 8, "TOP_GROUPS": 4, "SIGMOID": True, "BIASED": True, "NORMALISE": True,
-        "SCALE": True, "BLOCK": 256, "TOP_BLOCK": 8,
+        "SCALE": True, "COUNTED": True, "BLOCK": 256, "TOP_BLOCK": 8,
     }  # fmt: skip
     store = {"RANK": 512, "NOPE": 128, "ROPE": 64, "BLOCK_R": 512, "BLOCK_P": 32}
     merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 512}
