@@ -17,7 +17,9 @@ from localmoe.formats.scheme import QuantizationConfig
 from localmoe.kernels.profile import Profile
 from localmoe.model.kv_cache import row_bytes
 from localmoe.model.sizes import Storage, model_sizes
-from localmoe.offload.predict import Subject
+from localmoe.offload.machine import GIB, Figure, Machine
+from localmoe.offload.plan import Budgets, Placement, place
+from localmoe.offload.predict import Subject, decode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,7 +108,9 @@ def explain_engine(
 
     Takes a quarter of a second where doctor has measured nothing.
     """
+    from localmoe.offload.heat import Heat, heat_file
     from localmoe.offload.probe import look
+    from localmoe.offload.record import machine_here
     from localmoe.text.files import read_json_object
 
     values = read_json_object(engine.path / "config.json")
@@ -119,16 +123,18 @@ def explain_engine(
     }
     facts = look(ask_cards=False)
     threads = engine.kernels.threads
-    if engine.placement is not None:  # a card's time is one part, so there is nothing to reckon changes from
-        moe = [home for home, layer in zip(engine.placement.layers, subject.sizes.layers, strict=True) if layer.experts]
-        on_card = replace(sample, several=True)
-        return replace(explain(on_card, subject, None, {}), hit_rate_by_layer=[home.gpu_hits for home in moe])
+    int8_row = None if engine.kernels.cache_dtype == torch.int8 else row_bytes(engine.config, torch.int8)
+    if engine.placement is not None:
+        heat = Heat.read(heat_file(home, engine.path), engine.config)
+        machine = machine_here(look(), home, threads or facts.cores, with_card=True)
+        placed = replace(subject, heat=heat.shares(engine.config))
+        return explain_card(sample, placed, machine, engine.placement, int8_row)
     return explain(
         sample,
         subject,
         _limit(engine, subject, home, facts),
         others,
-        int8_row=None if engine.kernels.cache_dtype == torch.int8 else row_bytes(engine.config, torch.int8),
+        int8_row=int8_row,
         idle_cores=(threads, facts.cores) if threads is not None and threads < facts.cores else None,
     )
 
@@ -204,6 +210,44 @@ def explain(
         hit_rate_by_layer=None,
         changes=sorted(changes, key=lambda change: -change.gain),
     )
+
+
+def explain_card(
+    sample: Sample, subject: Subject, machine: Machine, placement: Placement, int8_row: int | None
+) -> Explanation:
+    """The same where a card computes: its time is one part, so what a change does is reckoned as `plan` does it, as a
+    ratio of two predictions, and applied to the speed that was measured."""
+    plain = explain(replace(sample, several=True), subject, None, {})
+    moe = [home for home, layer in zip(placement.layers, subject.sizes.layers, strict=True) if layer.experts]
+    vram = placement.nbytes("gpu")
+
+    def predicted(other: Subject, card: int, there: Machine) -> float:
+        placed = place(other, Budgets(vram=card, context=placement.context))
+        return decode(other, there, placed.layers, placed.head_on_gpu, sample.held).tokens_per_second
+
+    found = [
+        ("2 GiB more of --vram", subject, vram + 2 * GIB, machine),
+        ("CPU memory twice as fast (a second channel, say)", subject, vram, _faster_memory(machine)),
+    ]
+    if int8_row is not None:
+        found.append(("--cache-dtype int8", replace(subject, cache_row=int8_row), vram, machine))
+    now = predicted(subject, vram, machine)
+    changes = []
+    for what, other, card, there in found:
+        gain = predicted(other, card, there) / now - 1
+        if gain > _LEAST_GAIN:
+            changes.append(Change(what, plain.tokens_per_second * (1 + gain), gain))
+    changes.sort(key=lambda change: -change.gain)
+    return replace(plain, hit_rate_by_layer=[home.gpu_hits for home in moe], changes=changes)
+
+
+def _faster_memory(machine: Machine) -> Machine:
+    def twice(figure: Figure) -> Figure:
+        return replace(figure, value=2 * figure.value)
+
+    cpu = machine.cpu
+    weights = {form: twice(figure) for form, figure in cpu.weights.items()}
+    return replace(machine, cpu=replace(cpu, read=twice(cpu.read), weights=weights))
 
 
 def bytes_by_part(subject: Subject, held: int) -> dict[str, int]:

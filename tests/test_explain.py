@@ -10,11 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from localmoe.cli.app import app
-from localmoe.explain import Limit, PartTimer, Sample, bytes_by_part, explain
+from localmoe.explain import Limit, PartTimer, Sample, bytes_by_part, explain, explain_card
 from localmoe.kernels.profile import Profile
 from localmoe.model.config import ModelConfig
 from localmoe.model.sizes import Storage, model_sizes
-from localmoe.offload.predict import Subject
+from localmoe.offload.machine import Machine, assumed_cpu, assumed_disk, assumed_gpu
+from localmoe.offload.plan import Budgets, place
+from localmoe.offload.predict import Subject, decode
 from quantize.recipes import recipe_named
 
 CONFIG: dict[str, Any] = json.loads((Path(__file__).parent / "configs" / "deepseek-v2-lite.json").read_text())
@@ -84,6 +86,36 @@ def test_the_change_that_helps_most_depends_on_where_the_time_is() -> None:
     assert 1 / by_context[0].tokens_per_second == pytest.approx(0.1 - 0.099 * cached)
 
     assert explain(sample(sampling=0.1), model, fast, others, int8_row=644).changes == []
+
+
+def test_what_would_help_a_card_is_reckoned_as_plan_does() -> None:
+    model = subject()
+    machine = Machine(assumed_cpu(8), assumed_disk(), assumed_gpu())
+    timed = Sample(10, 1.0, {"card": 0.9}, HELD)
+
+    def explained(vram: int, int8_row: int | None = None):
+        placement = place(model, Budgets(vram=vram, context=4096))
+        return explain_card(timed, model, machine, placement, int8_row), placement
+
+    small, placement = explained(5 << 30, 644)
+    hits = small.hit_rate_by_layer
+    assert hits is not None
+    assert len(hits) == 26
+    assert 0 < sum(hits) / 26 < 1
+    more = next(change for change in small.changes if change.change == "2 GiB more of --vram")
+    assert small.changes == sorted(small.changes, key=lambda change: -change.gain)
+
+    def predicted(vram: int) -> float:
+        placed = place(model, Budgets(vram=vram, context=4096))
+        return decode(model, machine, placed.layers, placed.head_on_gpu, HELD).tokens_per_second
+
+    vram = placement.nbytes("gpu")
+    assert more.gain == pytest.approx(predicted(vram + (2 << 30)) / predicted(vram) - 1)
+    assert more.tokens_per_second == pytest.approx(10 * (1 + more.gain))
+    assert (small.limit_share, small.bytes_per_token) == (None, {})
+    large, _ = explained(40 << 30)  # it holds everything: neither more of it nor faster CPU memory helps
+    assert large.changes == []
+    assert large.hit_rate_by_layer == pytest.approx([1.0] * 26)
 
 
 def test_guesses_and_the_reference_leave_bytes_out() -> None:
