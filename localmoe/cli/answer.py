@@ -11,6 +11,7 @@ from localmoe.errors import TemplateError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from localmoe.explain import PartTimer
     from localmoe.generate import Stats, Step
     from localmoe.load import Engine
     from localmoe.speculative import SpeculationStats
@@ -47,6 +48,7 @@ class Answer:
     decode_tokens_per_second: float | None = None
     logprobs: list[dict[str, Any]] | None = None
     speculation: SpeculationStats | None = None
+    sampling_seconds: float = 0.0
     thinking_tokens: int = 0
     thinking_seconds: float = 0.0
 
@@ -84,11 +86,12 @@ def collect(
     *,
     reuse_prefix: bool = False,
     into: Answer | None = None,
+    timed: PartTimer | None = None,
 ) -> Answer:
     """Generate an answer, passing each piece to `show` as it comes.
 
     Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted". `into` is
-    the answer to fill, for a `show` that wants to see its counts.
+    the answer to fill, for a `show` that wants to see its counts; `timed` is told of the first token.
     """
     from localmoe.text import Segment
 
@@ -109,6 +112,8 @@ def collect(
             answer.completion_tokens += 1
             if answer.prefill_seconds is None:
                 answer.prefill_seconds = now
+                if timed is not None:
+                    timed.first_token()
             answer.decode_seconds = now - answer.prefill_seconds
             if answer.logprobs is not None:
                 answer.logprobs.append(_logprobs(engine, step))
@@ -159,6 +164,7 @@ def _take(answer: Answer, stats: Stats) -> None:
     answer.decode_seconds = stats.decode_seconds
     answer.decode_tokens_per_second = stats.decode_tokens_per_second
     answer.speculation = stats.speculation
+    answer.sampling_seconds = stats.sampling_seconds
 
 
 def guesses(speculation: SpeculationStats) -> str:

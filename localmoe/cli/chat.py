@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.cli import options, settings, streams, transcript
+from localmoe.cli import options, settings, speed, streams, transcript
 from localmoe.cli.answer import Answer, Request, collect, guesses, splitter
 from localmoe.cli.conversation import Conversation
+from localmoe.cli.status import folded, status
 from localmoe.errors import ContextOverflowError, LocalMoeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from localmoe.cli.model_switch import ModelSwitch
     from localmoe.load import Engine
 
 COMMANDS = {
@@ -35,6 +37,7 @@ COMMANDS = {
     "/load NAME": "go on with a conversation that was kept",
     "/export FILE.md": "write the conversation as Markdown",
     "/copy": "put the last answer on the clipboard (the terminal's, by OSC 52)",
+    "/model NAME": "go on with another model; without NAME say which this is",
     "/stats": "model, context used, speed of the last answer",
     "/exit": "leave (so does Ctrl-D)",
 }
@@ -68,6 +71,8 @@ def chat(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    explain_speed: options.ExplainSpeed = False,
+    yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk with MODEL. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -81,9 +86,10 @@ def chat(
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")
 
     from localmoe.cli.line_editor import LineEditor
+    from localmoe.cli.model_switch import ModelSwitch
     from localmoe.cli.opening import label, open_engine
 
-    resolved, engine = open_engine(model, machine)
+    resolved, engine = open_engine(model, machine, yes=yes)
     with engine:
         request = Request(
             sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),
@@ -95,15 +101,22 @@ def chat(
         )
         conversation = Conversation(settings.system(system, "chat"))
         splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question
-        Chat(engine, label(resolved), request, conversation).talk(
-            LineEditor([name.split()[0] for name in COMMANDS]).read
-        )
+        talk = Chat(engine, label(resolved), request, conversation, explains=explain_speed)
+        talk.switch = ModelSwitch(resolved, machine, flags, yes=yes)
+        try:
+            talk.talk(LineEditor([name.split()[0] for name in COMMANDS], talk.status).read)
+        finally:
+            talk.close()
 
 
 class Chat:
     """The loop: read a line, obey it or answer it."""
 
-    def __init__(self, engine: Engine, name: str, request: Request, conversation: Conversation) -> None:
+    def __init__(
+        self, engine: Engine, name: str, request: Request, conversation: Conversation, *, explains: bool = False
+    ) -> None:
+        self.switch: ModelSwitch | None = None  # what /model changes the model with
+        self._explains = explains  # the speed of every answer
         self._engine = engine
         self._name = name
         self._request = request
@@ -113,6 +126,14 @@ class Chat:
         self._shows_thinking = False
         self._draft = ""  # what the next prompt begins with
         self._attached: list[str] = []  # files that go with the next question
+
+    def close(self) -> None:
+        """Close the engine that the chat ended with."""
+        self._engine.close()
+
+    def status(self) -> str:
+        """The line under the prompt."""
+        return status(self._engine, self._name, self._last)
 
     def _next_draft(self) -> str:
         draft, self._draft = self._draft, ""
@@ -161,6 +182,7 @@ class Chat:
             "/load": self._load,
             "/export": self._export,
             "/copy": self._copy,
+            "/model": self._change_model,
             "/stats": lambda _: _say(self._statistics()),
         }
 
@@ -254,6 +276,15 @@ class Chat:
             streams.draw(f"\x1b]52;c;{data}\x07")
             _say("copied, if this terminal lets programs copy")
 
+    def _change_model(self, model: str) -> None:
+        if not model or self.switch is None:
+            _say(f"{self._name} ({self._engine.path}); /model NAME goes on with another one")
+            return
+        opened = self.switch(self._engine, self._request, model)
+        self._engine, self._name, self._request = opened.engine, opened.name, opened.request
+        self._last = None
+        _say(opened.problem or f"{self._name} · context {self._engine.max_context} tokens · the conversation goes on")
+
     def _set_system(self, text: str) -> None:
         if text:
             self._conversation.system = text
@@ -282,8 +313,12 @@ class Chat:
 
         answer = Answer()
         view = AnswerView(answer, show_thinking=self._shows_thinking)
+        timed = speed.timer(self._engine) if self._explains else None
         try:
-            collect(self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer)
+            with streams.no_echo():
+                collect(
+                    self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer, timed=timed
+                )
         except ContextOverflowError:
             self._unanswered = None
             _say(
@@ -295,6 +330,8 @@ class Chat:
             view.finish()
         self._last = answer
         _say(self._afterword(answer) + "\n")
+        if timed is not None:
+            speed.tell(speed.of_answer(self._engine, timed, answer))
         if not answer.text:
             return False
         self._unanswered = None
@@ -345,5 +382,5 @@ class Chat:
 
 
 def _say(text: str) -> None:
-    streams.write(text, faint=True)
+    streams.write(folded(text, streams.columns()), faint=True)
     streams.write("\n")

@@ -77,6 +77,12 @@ Think = Annotated[
     bool | None,
     typer.Option("--think/--no-think", show_default=False, help="Let the model think first, where its template can."),
 ]
+Yes = Annotated[
+    bool, typer.Option("-y", "--yes", help="Download and quantize a model that is not here without asking.")
+]
+ExplainSpeed = Annotated[
+    bool, typer.Option("--explain-speed", help="Then show on stderr where a token's time went, and what would help.")
+]
 # main() looks for this flag itself, before parsing, so that it also covers what parsing raises.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,6 +79,21 @@ def plan(
         streams.write_json(_record(name, None if as_stored else target.recipe, subject, machine, budgets, result))
     else:
         streams.write(_text(name, subject, machine, budgets, result))
+
+
+def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple[Subject, Machine, Plan, bool]:
+    """(model, machine, plan, whether the files run as they are stored) of a source whose config.json is `config` and
+    which `recipe` would quantize, on the card that loading it would take. Raises as the command does, and as loading
+    does for a card that is missing."""
+    from localmoe.offload.device import choose_card
+    from localmoe.offload.plan import make_plan
+
+    card = choose_card(wanted.device, wanted.vram)
+    wanted = replace(wanted, device="cpu" if card is None else "cuda", vram=None if card is None else card.vram)
+
+    subject, as_stored = _subject(_Target("", config, recipe), wanted.cache_dtype)
+    machine, budgets = _surroundings(wanted)
+    return subject, machine, make_plan(subject, machine, budgets), as_stored
 
 
 def _find(model: str, flag: str | None) -> _Target:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import asking, batch, model_argument, options, prompt, settings, streams
+from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams
 from localmoe.cli.answer import Answer, Request, collect, guesses
 from localmoe.cli.failure import INTERRUPTED
 from localmoe.errors import StorageError, UsageError
@@ -25,7 +25,7 @@ _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
     "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at "
     "a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
-    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included"
+    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included, with --explain-speed also " + speed.KEYS
 )
 
 
@@ -90,6 +90,8 @@ def run(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    explain_speed: options.ExplainSpeed = False,
+    yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
     """Ask MODEL one thing and print its answer, alone, on standard output.
@@ -124,8 +126,8 @@ def run(
 
     from localmoe.cli.opening import label, open_engine
 
-    thoughts = None if think_to is None else _open_for_thinking(think_to)
-    resolved, engine = open_engine(model, machine)
+    thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
+    resolved, engine = open_engine(model, machine, yes=yes)
     with engine:
         request = Request(
             sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),
@@ -140,13 +142,18 @@ def run(
             _answer_lines(engine, lines, batch.Shared(text, form, request, _record))
             return
         printer = _Printer(answer=not as_json, thinking=show_thinking)
-        answer = collect(engine, asked, request, printer.show)
+        timed = speed.timer(engine) if explain_speed else None
+        answer = collect(engine, asked, request, printer.show, timed=timed)
         printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
         if thoughts is not None:
             _write_thinking(think_to, thoughts, answer.thinking)
+        why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
         if as_json:
-            streams.write_json({"model": label(resolved), **_record(answer)})
+            explained = {key: speed.as_json(value) for key, value in why.items()}
+            streams.write_json({"model": label(resolved), **_record(answer)} | explained)
         streams.remark(statistics(answer, engine.max_context))
+        if why and not as_json:
+            speed.tell(why["speed"])
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
 

@@ -7,12 +7,15 @@ import json
 import math
 import os
 import sys
+import termios
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from localmoe.cli.sanitize import printable
 from localmoe.errors import InputError, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TextIO
 
 
@@ -110,6 +113,23 @@ def passing_remark(text: str) -> None:
 def dim(text: str, stream: TextIO | None) -> str:
     """`text` in faint print where `stream` can show it."""
     return f"\x1b[2m{text}\x1b[0m" if text and can_style(stream) else text
+
+
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """Keep what is typed, Ctrl-C's ^C too, from being drawn into what is being shown; it waits for the next prompt."""
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (termios.error, OSError, ValueError, TypeError):  # no terminal
+        yield
+        return
+    changed = [*before]
+    changed[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def silence_output() -> None:

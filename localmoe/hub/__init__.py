@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localmoe.hub.cache import OnProgress, Progress
-    from localmoe.hub.download import PulledFile, PullReport, pull, pull_config
+    from localmoe.hub.download import PulledFile, PullReport, Survey, pull, pull_config, survey
     from localmoe.hub.names import KnownModel, ModelRef, registry
     from localmoe.hub.verify import Problem, VerifyReport, verify_artifact, verify_source
 
@@ -19,17 +19,19 @@ __all__ = [
     "Progress",
     "PullReport",
     "PulledFile",
+    "Survey",
     "VerifyReport",
     "pull",
     "pull_config",
     "registry",
+    "survey",
     "verify_artifact",
     "verify_source",
 ]
 
 _HOMES = {
     "cache": ("OnProgress", "Progress"),
-    "download": ("PullReport", "PulledFile", "pull", "pull_config"),
+    "download": ("PullReport", "PulledFile", "Survey", "pull", "pull_config", "survey"),
     "names": ("KnownModel", "ModelRef", "registry"),
     "verify": ("Problem", "VerifyReport", "verify_artifact", "verify_source"),
 }
