@@ -19,6 +19,8 @@ from localmoe.errors import UsageError
 
 NOT_IN_THE_FILE = {  # what a command is asked for once: its input, its output, what would change what a script reads
     "run": {
+        "explain_speed",
+        "yes",
         "prompt_text",
         "file",
         "jsonl",
@@ -30,7 +32,8 @@ NOT_IN_THE_FILE = {  # what a command is asked for once: its input, its output, 
         "logprobs",
         "think_to",
     },
-    "chat": {"logit_bias"},
+    "chat": {"logit_bias", "explain_speed", "yes"},
+    "bench": {"explain_speed", "plot_to"},
     "eval": {"text", "reference"},
     "plan": {"recipe"},
 }
@@ -114,6 +117,7 @@ def test_aliases(invoke, engine):
     assert "leave :compact out" in invoke("show", "fixed:compact").err
     assert "did you mean your alias fast?" in invoke("show", "fats").err
     assert "did you mean demo?" in invoke("show", "dmo").err
+    assert "did you mean your alias fast?" in invoke("eval", "demo", "--text", __file__, "--reference", "fats").err
     assert invoke("rm", "fixed", "--json").status == 0
 
 
