@@ -210,7 +210,8 @@ def test_set_get_list_unset(invoke):
     assert invoke("config", "get", "chat.think").out == "false\n"
     assert invoke("config", "get", "alias.v2.lite").out == "deepseek-v2-lite-chat:compact\n"
     assert invoke("config", "get", "run.seed", "--json").json == {"key": "run.seed", "value": None}
-    assert invoke("config", "get", "run.seed").status == 1
+    unset = invoke("config", "get", "run.seed")
+    assert (unset.status, unset.out, unset.err) == (1, "", f"localmoe: run.seed is not set in {path}\n")
     assert 'model = "demo"\n' in invoke("config", "list", "--all").out
     assert "# run.seed" in invoke("config", "list", "--all").out
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
