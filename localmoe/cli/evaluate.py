@@ -52,6 +52,7 @@ def evaluate(
     is how often both find the same token likeliest.
     """
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = replace(machine, deterministic=deterministic)
     content = prompt.read_file(text)
     reference = None if reference is None else model_argument.meant(reference)
 
