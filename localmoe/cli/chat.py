@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.cli import options, settings, speed, streams, transcript
+from localmoe.cli import model_argument, options, settings, speed, streams, transcript
 from localmoe.cli.answer import Answer, Request, collect, guesses, splitter
 from localmoe.cli.conversation import Conversation
 from localmoe.cli.status import folded, status
@@ -280,7 +280,7 @@ class Chat:
         if not model or self.switch is None:
             _say(f"{self._name} ({self._engine.path}); /model NAME goes on with another one")
             return
-        opened = self.switch(self._engine, self._request, model)
+        opened = self.switch(self._engine, self._request, model_argument.meant(model))
         self._engine, self._name, self._request = opened.engine, opened.name, opened.request
         self._last = None
         _say(opened.problem or f"{self._name} · context {self._engine.max_context} tokens · the conversation goes on")

@@ -118,6 +118,8 @@ def run(
     form = asking.form(raw, system, template, param)
     if jsonl is not None and (as_json or think_to is not None or show_thinking):
         raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
+    if jsonl is not None and explain_speed:
+        raise UsageError("--explain-speed: it explains one answer, and --jsonl asks for many; leave out one of them")
     text = prompt.assemble(
         prompt_text, file or [], may_be_empty=raw, needed=form.needs_text and jsonl is None, reads_input=jsonl is None
     )
