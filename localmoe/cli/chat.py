@@ -96,10 +96,10 @@ def chat(
             max_tokens=max_tokens,
             seed=seed,
             stop=stop or (),
-            thinking=think,
+            thinking=settings.thinking(think, "chat", engine),
             logit_bias=bias,
         )
-        conversation = Conversation(system)
+        conversation = Conversation(settings.system(system, "chat"))
         splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question
         talk = Chat(engine, label(resolved), request, conversation, explains=explain_speed)
         talk.switch = ModelSwitch(resolved, machine, flags, yes=yes)

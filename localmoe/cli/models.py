@@ -26,7 +26,7 @@ _VERIFY_KEYS = "model, path, checked, checked_bytes, unrecorded [file]"
 
 
 def pull(
-    model: options.Model,
+    model: options.NamedModel,
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="R", help="A branch, tag or commit.  [default: main]")
     ] = None,
@@ -95,7 +95,7 @@ def list_models(
 
 
 def remove(
-    model: options.Model,
+    model: options.NamedModel,
     everything: Annotated[bool, typer.Option("--all", help="Delete all artifacts of this name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_RM_KEYS))] = False,
     debug: options.Debug = False,

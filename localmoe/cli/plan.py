@@ -11,6 +11,7 @@ from localmoe import store
 from localmoe.cli import options, streams, units
 from localmoe.cli.opening import label
 from localmoe.cli.sanitize import printable_line
+from localmoe.cli.values import check_choice
 from localmoe.errors import CheckpointError, DeviceError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple
 
 def _find(model: str, flag: str | None) -> _Target:
     """Raises UsageError for a recipe that contradicts the model, ModelNotFoundError, HubError."""
-    if flag is not None and flag not in store.RECIPES:
-        raise UsageError(f"--recipe: {flag!r} is not one of {', '.join(store.RECIPES)}")
+    if flag is not None:
+        check_choice(flag, store.RECIPES, "--recipe")
     ref = store.parse_ref(model)
     if ref.directory is not None:
         resolved = store.resolve(model)

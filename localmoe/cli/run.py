@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import options, prompt, settings, speed, streams
+from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams
 from localmoe.cli.answer import Answer, Request, collect, guesses
 from localmoe.cli.failure import INTERRUPTED
 from localmoe.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from typing import TextIO
+    from typing import BinaryIO, TextIO
 
+    from localmoe.load import Engine
     from localmoe.speculative import SpeculationStats
-    from localmoe.text import Message, Segment
+    from localmoe.text import Segment
 
 _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
@@ -36,6 +37,18 @@ def run(
     file: Annotated[
         list[Path] | None,
         typer.Option("-f", "--file", metavar="FILE", show_default=False, help="Add a text file. May be repeated."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", metavar="NAME", help="Fill in a saved prompt (localmoe templates) with the rest."),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", metavar="NAME=VALUE", show_default=False, help="What {NAME} is in the template."),
+    ] = None,
+    jsonl: Annotated[
+        str | None,
+        typer.Option("--jsonl", metavar="FILE|-", help="Answer many prompts, one JSON text or object a line."),
     ] = None,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
@@ -85,7 +98,13 @@ def run(
 
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
+
+    With --jsonl each line is a JSON text or an object: prompt or messages, and if wanted id, system, params, seed,
+    stop, think, max_tokens, temperature and the like. Each answer is an object with line, id and the keys of --json
+    but model, in the order of the lines, written when it is done; what is wrong with a line is an object with error,
+    the others go on, and the exit status is 1 at the end. PROMPT, files and a template stand above every line.
     """
+    model, prompt_text = model_argument.with_prompt(model, prompt_text)
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
@@ -93,11 +112,17 @@ def run(
     machine = replace(machine, mtp=options.parse_mtp(mtp))
     if raw and (system is not None or think is not None or show_thinking or think_to is not None):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
-    if logprobs is not None and not as_json:
+    if logprobs is not None and not as_json and jsonl is None:
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
-    question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
-    asked: str | list[Message] = question if raw else messages(question, system)
+    form = asking.form(raw, system, template, param)
+    if jsonl is not None and (as_json or think_to is not None or show_thinking):
+        raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
+    text = prompt.assemble(
+        prompt_text, file or [], may_be_empty=raw, needed=form.needs_text and jsonl is None, reads_input=jsonl is None
+    )
+    asked = "" if jsonl is not None else form.ask(text)
+    lines = None if jsonl is None else batch.open_lines(jsonl)  # a wrong path is said before the work
 
     from localmoe.cli.opening import label, open_engine
 
@@ -109,10 +134,13 @@ def run(
             max_tokens=max_tokens,
             seed=seed,
             stop=stop or (),
-            thinking=think,
+            thinking=None if raw else settings.thinking(think, "run", engine, form.wishes_thinking),
             logit_bias=bias,
             top_logprobs=logprobs,
         )
+        if lines is not None:
+            _answer_lines(engine, lines, batch.Shared(text, form, request, _record))
+            return
         printer = _Printer(answer=not as_json, thinking=show_thinking)
         timed = speed.timer(engine) if explain_speed else None
         answer = collect(engine, asked, request, printer.show, timed=timed)
@@ -122,12 +150,23 @@ def run(
         why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
         if as_json:
             explained = {key: speed.as_json(value) for key, value in why.items()}
-            streams.write_json(_as_json(label(resolved), answer) | explained)
+            streams.write_json({"model": label(resolved), **_record(answer)} | explained)
         streams.remark(statistics(answer, engine.max_context))
         if why and not as_json:
             speed.tell(why["speed"])
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _answer_lines(engine: Engine, lines: tuple[BinaryIO, int], shared: batch.Shared) -> None:
+    with lines[0] as file:
+        tally = batch.answer_lines(engine, file, lines[1], shared)
+    streams.remark(str(tally))
+    if tally.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if tally.failed:
+        streams.tell(f"localmoe: {tally.failed} of {tally.done} lines failed; their objects have an error")
+        raise typer.Exit(1)
 
 
 def _open_for_thinking(path: Path) -> TextIO:
@@ -148,12 +187,6 @@ def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
         raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
 
 
-def messages(question: str, system: str | None) -> list[Message]:
-    """A conversation of one question."""
-    asked: list[Message] = [{"role": "user", "content": question}]
-    return asked if system is None else [{"role": "system", "content": system}, *asked]
-
-
 def statistics(answer: Answer, max_context: int) -> str:
     """One line for the person at the terminal."""
     parts = [f"{answer.completion_tokens} tokens"]
@@ -171,10 +204,9 @@ def statistics(answer: Answer, max_context: int) -> str:
     return " · ".join(parts)
 
 
-def _as_json(model: str, answer: Answer) -> dict[str, Any]:
+def _record(answer: Answer) -> dict[str, Any]:
     logprobs = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
     return {
-        "model": model,
         "text": answer.text,
         "thinking": answer.thinking or None,
         "finish_reason": answer.finish_reason,

@@ -35,6 +35,10 @@ def test_version(program):
     outcome = program.run("--version", text=True)
     assert outcome.returncode == 0
     assert outcome.stdout.startswith("localmoe 0.")
+    assert "\nkernels  " in outcome.stdout
+    record = json.loads(program.run("--version", "--json", text=True).stdout)
+    assert record["kernels"] == record["tiers"][-1]
+    assert record["tiers"][0] == "portable"
 
 
 @pytest.mark.parametrize(
