@@ -75,7 +75,8 @@ def load(
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
     measuring finds to pay, 0: none. On a card experts change places as they are used, and with them the last bits of
-    results, unless it is to be `deterministic`. `counts` counts the experts that are chosen, on the CPU's engine.
+    results, unless it is to be `deterministic`, which knows nothing of earlier runs either. `counts` counts the experts
+    that are chosen, on the CPU's engine.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
@@ -123,7 +124,7 @@ def _on_card(
     from localmoe.offload.card import CardExperts
 
     known = heat_file(home(), checkpoint.directory)
-    heat = Heat.read(known, config)
+    heat = Heat.none(config) if deterministic else Heat.read(known, config)
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
     placed = place(subject, may)
     hold_to(card)
@@ -139,8 +140,9 @@ def _on_card(
         raise DeviceError(
             f"--vram {card.vram / GIB:.2f} GiB: other programs took the card's memory meanwhile; try again with less"
         ) from error
-    if not deterministic:
-        kept.keep_fresh()
+    if deterministic:
+        return Engine(model, checkpoint, kernels, placed.context, placed)
+    kept.keep_fresh()
 
     def closing() -> None:
         kept.close()

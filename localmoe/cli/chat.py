@@ -80,7 +80,7 @@ def chat(
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
-    machine = replace(machine, mtp=options.parse_mtp(mtp))
+    machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
     options.check_stop(stop)
     if not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout)):
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")

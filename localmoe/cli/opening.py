@@ -58,6 +58,7 @@ def load_engine(path: Path, machine: Machine, counts: ExpertCounts | None = None
         ctx=machine.context,
         cache_dtype=machine.cache_dtype,
         mtp=machine.mtp,
+        deterministic=machine.deterministic,
         counts=counts,
     )
 

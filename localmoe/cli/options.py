@@ -71,7 +71,7 @@ Mtp = Annotated[
 ]
 Deterministic = Annotated[
     bool,
-    typer.Option("--deterministic", help="Freeze where experts are placed. On the CPU they never move."),
+    typer.Option("--deterministic", help="Freeze where experts are placed: on a card, too, a seed gives one text."),
 ]
 Think = Annotated[
     bool | None,
@@ -149,6 +149,7 @@ class Machine:
     context: int | None = None
     cache_dtype: str = "auto"
     mtp: int | None = 0  # None: as many as pay
+    deterministic: bool = False
 
 
 def parse_mtp(text: str) -> int | None:

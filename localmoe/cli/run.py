@@ -109,7 +109,7 @@ def run(
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
-    machine = replace(machine, mtp=options.parse_mtp(mtp))
+    machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
     if raw and (system is not None or think is not None or show_thinking or think_to is not None):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
     if logprobs is not None and not as_json and jsonl is None:
