@@ -7,6 +7,7 @@
      ├─ CheckpointError              files that are damaged, incomplete or contradict each other
      │   └─ VerificationError        a file's hash differs from the recorded one
      ├─ StorageError                 a full disk, no permission, an unwritable place
+     ├─ SessionError                 a saved session that is damaged, of another model, or of a newer version
      ├─ HubError                     the download could not be done
      ├─ ContextOverflowError         prompt and answer do not fit the context
      ├─ TemplateError                the checkpoint's chat template is missing, broken or raised
@@ -63,6 +64,12 @@ class StorageError(LocalMoeError):
     """The disk is full, or a place cannot be read or written."""
 
     kind = "storage"
+
+
+class SessionError(LocalMoeError):
+    """A saved session cannot be used: damaged, of another model, of a newer version, open elsewhere, or not there."""
+
+    kind = "session"
 
 
 class HubError(LocalMoeError):

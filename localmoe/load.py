@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -21,9 +22,10 @@ from localmoe.errors import (
     UsageError,
 )
 from localmoe.formats.checkpoint import Checkpoint
+from localmoe.formats.fingerprint import fingerprint
 from localmoe.formats.safetensors import TensorInfo
 from localmoe.generate import PREFILL_CHUNK, Settings, Step, generate
-from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.dispatch import CACHE_DTYPES, Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
@@ -33,6 +35,8 @@ from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.experts import ExpertStore
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
+from localmoe.session_file import restore, write
+from localmoe.sessions import Facts, read_facts
 from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
 from localmoe.store import Resolved, resolve
 from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
@@ -244,6 +248,41 @@ class Engine:
             lengths=self._lengths,
         )
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights, in hex: see `localmoe.formats.fingerprint`."""
+        return fingerprint(self.path, self.tensors)
+
+    @property
+    def cache_dtype(self) -> str:
+        """What the latent cache holds: float32, bf16 or int8."""
+        return next(name for name, dtype in CACHE_DTYPES.items() if dtype == self.kernels.cache_dtype)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the kept latent cache takes now; see `generate`'s `reuse_prefix`."""
+        return 0 if self._cached is None else self._cached.cache.nbytes
+
+    def save_session(self, path: Path, facts: Facts) -> Facts:
+        """Write what `reuse_prefix` would go on from, and `facts`, whose model and counts are filled in, to a file.
+
+        Atomic: see `localmoe.session_file`. Raises StorageError; nothing in memory is lost then.
+        """
+        known = replace(facts, model_hash=self.fingerprint, cache_dtype=self.cache_dtype)
+        return write(path, known, self._cache_for(reuse_prefix=True))
+
+    def open_session(self, path: Path, *, model: str = "this model") -> Facts:
+        """Read what `save_session` wrote: the next call with `reuse_prefix` goes on from there.
+
+        A session that was kept without the MTP layer's rows is guessed on by what its text repeats. `model` is what
+        messages call this one. Raises SessionError, ContextOverflowError, StorageError; the engine is as before then.
+        """
+        has_rows = read_facts(path).draft_tokens > 0
+        cached = self._new_cache(mtp=has_rows)
+        facts = restore(path, cached, self.fingerprint, self.cache_dtype, model).facts
+        self._cached = cached
+        return facts
+
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
         self._model = self._mtp = None
@@ -264,10 +303,10 @@ class Engine:
             self._cached = self._new_cache()
         return self._cached
 
-    def _new_cache(self) -> CachedTokens:
+    def _new_cache(self, *, mtp: bool = True) -> CachedTokens:
         capacity, dtype = self.max_context, self.kernels.cache_dtype
         drafter: Drafter | None = None
-        if self._mtp is not None:
+        if self._mtp is not None and mtp:
             drafter = MtpDrafter(self._mtp, self._mtp.cache(capacity, dtype))
         elif self._lengths is not None:
             drafter = LookupDrafter()

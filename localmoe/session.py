@@ -51,14 +51,26 @@ class CachedTokens:
         """What it holds."""
         return tuple(self._ids)
 
+    @property
+    def length(self) -> int:
+        """Tokens that both the ids and the latents are there of: an interrupt may have come between the two."""
+        return min(len(self._ids), self.cache.length)
+
+    def adopt(self, token_ids: Sequence[int]) -> None:
+        """Count the rows that were written into the empty cache as those of `token_ids`."""
+        if self._ids or self.cache.length:
+            raise ValueError("only an empty cache can take over another's tokens")
+        self.cache.advance(len(token_ids))
+        self._ids = list(token_ids)
+        if self.drafter is not None and not self.drafter.needs_states:
+            self.drafter.observe(self._ids, None)
+
     def begin(self, token_ids: Sequence[int]) -> tuple[int, int]:
         """Keep what `token_ids` begins with and forget the rest. Returns (tokens kept, turn).
 
         At least the last token is left to compute: its logits are wanted. `turn` is to be given to `extend`.
         """
-        # An interrupt may have come between the model's pass and our note of it
-        held = min(len(self._ids), self.cache.length)
-        longest = min(held, len(token_ids) - 1)
+        longest = min(self.length, len(token_ids) - 1)
         kept = next((n for n in range(longest) if self._ids[n] != token_ids[n]), longest)
         self._turn += 1
         return self._cut(kept), self._turn

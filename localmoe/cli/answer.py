@@ -41,6 +41,7 @@ class Answer:
     thinking: str = ""
     finish_reason: FinishReason = "interrupted"
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, found in the latent cache
     completion_tokens: int = 0
     prefill_seconds: float | None = None
     decode_seconds: float = 0.0
@@ -154,6 +155,7 @@ def _logprobs(engine: Engine, step: Step) -> dict[str, Any]:
 
 def _take(answer: Answer, stats: Stats) -> None:
     answer.prompt_tokens = stats.prompt_tokens
+    answer.reused_tokens = stats.reused_tokens
     answer.completion_tokens = stats.completion_tokens
     answer.prefill_seconds = stats.prefill_seconds
     answer.decode_seconds = stats.decode_seconds

@@ -11,20 +11,23 @@ import typer
 
 from localmoe.cli import options, prompt, settings, streams
 from localmoe.cli.answer import Answer, Request, collect, guesses
-from localmoe.cli.failure import INTERRUPTED
-from localmoe.errors import StorageError, UsageError
+from localmoe.cli.failure import INTERRUPTED, Failure, describe
+from localmoe.cli.kept import Kept, turns_to_drop
+from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from typing import TextIO
 
+    from localmoe.cli.conversation import Conversation
+    from localmoe.load import Engine
     from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment
 
 _JSON_KEYS = (
-    "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
-    "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at "
-    "a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
-    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included"
+    "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, reused_tokens (found in a "
+    "session), completion_tokens, prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter "
+    "(mtp, lookup), drafts (at a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with "
+    "--logprobs also logprobs [{id, text, logprob, top [{id, text, logprob}]}], thinking included"
 )
 
 
@@ -49,6 +52,8 @@ def run(
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
+    session: options.Session = None,
+    when_full: options.WhenFull = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")
     ] = False,
@@ -83,42 +88,56 @@ def run(
 
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
+    With --session NAME the question follows what was said under that name, and the answer is kept with it.
     """
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     machine = replace(machine, mtp=options.parse_mtp(mtp))
+    if raw and session is not None:
+        raise UsageError("--session keeps a conversation, and --raw goes without one")
     if raw and (system is not None or think is not None or show_thinking or think_to is not None):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
+    options.check_when_full(when_full)
     question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
-    asked: str | list[Message] = question if raw else messages(question, system)
 
     from localmoe.cli.opening import label, open_engine
 
     thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
-    resolved, engine = open_engine(model, machine)
-    with engine:
-        request = Request(
-            sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),
-            max_tokens=max_tokens,
-            seed=seed,
-            stop=stop or (),
-            thinking=think,
-            logit_bias=bias,
-            top_logprobs=logprobs,
-        )
-        printer = _Printer(answer=not as_json, thinking=show_thinking)
-        answer = collect(engine, asked, request, printer.show)
-        printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
-        if thoughts is not None:
-            _write_thinking(think_to, thoughts, answer.thinking)
-        if as_json:
-            streams.write_json(_as_json(label(resolved), answer))
-        streams.remark(statistics(answer, engine.max_context))
+    with Kept.open(session) as kept:
+        conversation = kept.conversation(system)
+        resolved, engine = open_engine(model, kept.machine(machine))
+        with engine:
+            kept.restore(engine, label(resolved))
+            request = Request(
+                sampling=settings.sampling(kept.flags(flags), resolved.name, engine.generation_defaults),
+                max_tokens=max_tokens,
+                seed=seed,
+                stop=stop or (),
+                thinking=think,
+                logit_bias=bias,
+                top_logprobs=logprobs,
+            )
+            request = kept.request(request)
+            if kept.name is not None:
+                _make_room(engine, conversation, question, think, kept.name, when_full)
+            printer = _Printer(answer=not as_json, thinking=show_thinking)
+            asked: str | list[Message] = question if raw else conversation.asking(question)
+            answer = collect(engine, asked, request, printer.show, reuse_prefix=kept.name is not None)
+            printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
+            failure = _keep(kept, engine, label(resolved), conversation, question, answer, request)
+            if thoughts is not None:
+                _write_thinking(think_to, thoughts, answer.thinking)
+            if as_json:
+                streams.write_json(_as_json(label(resolved), answer, failure))
+            streams.remark(statistics(answer, engine.max_context))
+    if failure is not None:
+        streams.tell(f"localmoe: {failure.message}")
+        raise typer.Exit(failure.exit_code)
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
@@ -131,6 +150,41 @@ def _open_for_thinking(path: Path) -> TextIO:
         raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
 
 
+def _make_room(
+    engine: Engine, conversation: Conversation, question: str, thinking: bool | None, name: str, when_full: str | None
+) -> None:
+    """Let go of a session's oldest turns where it no longer fits, if that was asked for."""
+    used = len(engine.prompt_ids(conversation.asking(question), thinking=thinking))
+    if used < engine.max_context:
+        return
+    count = turns_to_drop(engine, conversation, question, thinking)
+    full = f"session {name} and the prompt have {used:,} tokens and the context holds {engine.max_context:,}"
+    if not count:
+        raise ContextOverflowError(f"{full}; even alone the prompt is too long: shorten it")
+    if when_full != "drop":
+        raise ContextOverflowError(
+            f"{full}; --when-full drop lets go of the oldest {count} of {len(conversation.turns)} turns"
+        )
+    conversation.drop_oldest(count)
+    streams.remark(f"the context is full: dropped the oldest {count} turns, {len(conversation.turns)} are left")
+
+
+def _keep(
+    kept: Kept, engine: Engine, name: str, conversation: Conversation, question: str, answer: Answer, request: Request
+) -> Failure | None:
+    """Write the session with its new turn; what went wrong, if something did. An answer that was interrupted is asked
+    for again, so it is no turn."""
+    if kept.name is None or answer.finish_reason == "interrupted" or not answer.text:
+        return None
+    conversation.add(question, answer.text)
+    seed = None if request.seed is None else (request.seed + 1) % (1 << 63)
+    try:
+        kept.save(engine, name, conversation, replace(request, seed=seed))
+    except LocalMoeError as error:
+        return describe(error)
+    return None
+
+
 def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
     try:
         with file:
@@ -139,12 +193,6 @@ def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
             file.write(text if text.endswith("\n") or not text else text + "\n")
     except OSError as error:
         raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
-
-
-def messages(question: str, system: str | None) -> list[Message]:
-    """A conversation of one question."""
-    asked: list[Message] = [{"role": "user", "content": question}]
-    return asked if system is None else [{"role": "system", "content": system}, *asked]
 
 
 def statistics(answer: Answer, max_context: int) -> str:
@@ -164,7 +212,8 @@ def statistics(answer: Answer, max_context: int) -> str:
     return " · ".join(parts)
 
 
-def _as_json(model: str, answer: Answer) -> dict[str, Any]:
+def _as_json(model: str, answer: Answer, failure: Failure | None) -> dict[str, Any]:
+    error = {} if failure is None else {"error": {"kind": failure.kind, "message": failure.message}}
     logprobs = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
     return {
         "model": model,
@@ -172,12 +221,14 @@ def _as_json(model: str, answer: Answer) -> dict[str, Any]:
         "thinking": answer.thinking or None,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
+        "reused_tokens": answer.reused_tokens,
         "completion_tokens": answer.completion_tokens,
         "prefill_seconds": answer.prefill_seconds,
         "decode_seconds": answer.decode_seconds,
         "decode_tokens_per_second": answer.decode_tokens_per_second,
         "speculation": None if answer.speculation is None else _speculation(answer.speculation),
         **logprobs,
+        **error,
     }
 
 

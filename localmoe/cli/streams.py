@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from localmoe.cli.sanitize import printable
 from localmoe.errors import InputError, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TextIO
 
 
@@ -110,6 +113,26 @@ def passing_remark(text: str) -> None:
 def dim(text: str, stream: TextIO | None) -> str:
     """`text` in faint print where `stream` can show it."""
     return f"\x1b[2m{text}\x1b[0m" if text and can_style(stream) else text
+
+
+@contextlib.contextmanager
+def ending_signals() -> Iterator[None]:
+    """Let SIGHUP (the terminal was closed) and SIGTERM raise SystemExit, with the status a shell would see, so that
+    what is not yet on disk can be put there. For the main thread."""
+
+    def leave(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt what the first one began
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def silence_output() -> None:

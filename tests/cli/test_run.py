@@ -159,6 +159,7 @@ def test_json(invoke, engine):
         "thinking": None,
         "finish_reason": "stop",
         "prompt_tokens": 4,
+        "reused_tokens": 0,
         "completion_tokens": 4,
         "prefill_seconds": 0.25,
         "decode_seconds": 0.5,
