@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.fingerprint import fingerprint
 from localmoe.formats.safetensors import TensorInfo
 from localmoe.generate import PREFILL_CHUNK, Settings, Step, generate
+from localmoe.grammar import Grammar, Vocabulary
 from localmoe.kernels.dispatch import CACHE_DTYPES, Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
@@ -39,7 +40,7 @@ from localmoe.session_file import restore, write
 from localmoe.sessions import Facts, read_facts
 from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
 from localmoe.store import Resolved, resolve
-from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
+from localmoe.text import THINKING_END, ChatTemplate, Message, ThinkingSplitter, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -204,6 +205,9 @@ class Engine:
         top_logprobs: int = 0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        schema: str | Mapping[str, Any] | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] = (),
         thinking: bool | None = None,
         add_bos: bool = True,
         reuse_prefix: bool = False,
@@ -213,7 +217,8 @@ class Engine:
         Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what
         the settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens.
         The same seed gives the same text, on the same kernels. `reuse_prefix` goes on from what the last such call
-        left in the cache, so that a chat's next turn computes only what is new.
+        left in the cache, so that a chat's next turn computes only what is new. At most one of `schema` (JSON schema),
+        `grammar` and `choice` says what the answer, after any thinking, has to be: see `localmoe.grammar`.
         Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
         answer, UsageError for a setting out of range, and what `prompt_ids` raises.
         """
@@ -233,6 +238,8 @@ class Engine:
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             top_logprobs=top_logprobs,
+            grammar=self._grammar(schema, grammar, choice),
+            grammar_after=THINKING_END if self._begins_thinking(prompt, thinking) else "",
         )
         for token_id in logit_bias or ():
             if token_id >= self.config.vocab_size:
@@ -323,6 +330,30 @@ class Engine:
     @property
     def _has_tokenizer(self) -> bool:
         return (self.path / "tokenizer.json").is_file()
+
+    def _grammar(
+        self, schema: str | Mapping[str, Any] | None, grammar: str | None, choice: Sequence[str]
+    ) -> Grammar | None:
+        values = {"schema": schema, "grammar": grammar, "choice": choice or None}
+        given = [name for name, value in values.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{given[0]} and {given[1]} are both given; an answer can be held to one")
+        if schema is not None:
+            return self._vocabulary.schema(schema)
+        if grammar is not None:
+            return self._vocabulary.grammar(grammar)
+        return self._vocabulary.choice(choice) if choice else None
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.config.vocab_size, self._end_ids)
+
+    def _begins_thinking(self, prompt: Prompt, thinking: bool | None) -> bool:
+        """Whether the template ends the prompt inside the model's thinking."""
+        is_chat = not isinstance(prompt, str) and prompt and all(isinstance(message, Mapping) for message in prompt)
+        if not is_chat or self.chat_template is None:
+            return False
+        return ThinkingSplitter.after(self.chat_template.render(prompt, thinking=thinking)).is_thinking  # type: ignore[arg-type]  # just checked
 
     @cached_property
     def _end_ids(self) -> frozenset[int]:

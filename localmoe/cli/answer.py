@@ -30,6 +30,8 @@ class Request:
     thinking: bool | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
+    constraint: Mapping[str, Any] = field(default_factory=dict)
+    """`schema`, `grammar` or `choice`, as `Engine.generate` takes them."""
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Answer:
     decode_tokens_per_second: float | None = None
     logprobs: list[dict[str, Any]] | None = None
     speculation: SpeculationStats | None = None
+    fulfils_grammar: bool | None = None
     thinking_tokens: int = 0
     thinking_seconds: float = 0.0
 
@@ -143,6 +146,7 @@ def _steps(engine: Engine, prompt: str | Sequence[Message], request: Request, re
         logit_bias=request.logit_bias,
         top_logprobs=request.top_logprobs or 0,
         **sampling,
+        **request.constraint,
     )
 
 
@@ -161,6 +165,7 @@ def _take(answer: Answer, stats: Stats) -> None:
     answer.decode_seconds = stats.decode_seconds
     answer.decode_tokens_per_second = stats.decode_tokens_per_second
     answer.speculation = stats.speculation
+    answer.fulfils_grammar = stats.fulfils_grammar
 
 
 def guesses(speculation: SpeculationStats) -> str:

@@ -57,6 +57,18 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")
     ] = False,
+    schema: Annotated[
+        Path | None,
+        typer.Option("--schema", metavar="FILE", help="Answer in JSON that fulfils the JSON schema in FILE."),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option("--grammar", metavar="FILE", help="Answer in the language of a grammar (Lark or GBNF) in FILE."),
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option("--choice", metavar="TEXT", show_default=False, help="Answer with one of these. Repeat it."),
+    ] = None,
     think: options.Think = None,
     show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False,
     logprobs: Annotated[
@@ -88,6 +100,7 @@ def run(
 
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
+    --schema, --grammar and --choice hold the answer (not the thinking) to a form; status 1 when it was cut off.
     With --session NAME the question follows what was said under that name, and the answer is kept with it.
     """
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
@@ -102,6 +115,7 @@ def run(
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
+    constraint = _constraint(schema, grammar, choice)
     options.check_when_full(when_full)
     question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
 
@@ -121,6 +135,7 @@ def run(
                 thinking=think,
                 logit_bias=bias,
                 top_logprobs=logprobs,
+                constraint=constraint,
             )
             request = kept.request(request)
             if kept.name is not None:
@@ -129,7 +144,7 @@ def run(
             asked: str | list[Message] = question if raw else conversation.asking(question)
             answer = collect(engine, asked, request, printer.show, reuse_prefix=kept.name is not None)
             printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
-            failure = _keep(kept, engine, label(resolved), conversation, question, answer, request)
+            failure = _unmet(answer) or _keep(kept, engine, label(resolved), conversation, question, answer, request)
             if thoughts is not None:
                 _write_thinking(think_to, thoughts, answer.thinking)
             if as_json:
@@ -148,6 +163,27 @@ def _open_for_thinking(path: Path) -> TextIO:
         return path.open("a", encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
+
+
+def _constraint(schema: Path | None, grammar: Path | None, choice: list[str] | None) -> dict[str, Any]:
+    """What the answer has to be, for `Engine.generate`. Raises UsageError for more than one, InputError for a file
+    that cannot be read."""
+    given = {"schema": schema, "grammar": grammar, "choice": choice}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if len(asked) > 1:
+        raise UsageError(f"--{' and --'.join(asked)}: an answer can be held to one of them")
+    if choice is not None and "" in choice:
+        raise UsageError("--choice: an empty text is no answer")
+    return {name: prompt.read_file(value) if isinstance(value, Path) else value for name, value in asked.items()}
+
+
+def _unmet(answer: Answer) -> Failure | None:
+    """The failure of an answer that ended before it was what it had to be."""
+    if answer.fulfils_grammar is not False or answer.finish_reason == "interrupted":
+        return None
+    why = "it was cut off" if answer.finish_reason == "length" else "it ended too early"
+    more = "; allow more tokens with -n or --ctx" if answer.finish_reason == "length" else ""
+    return Failure("grammar", f"the answer does not fulfil what was asked of it: {why}{more}", 1)
 
 
 def _make_room(

@@ -39,6 +39,10 @@ class FakeStats:
     speculation: FakeSpeculation | None = None
 
     @property
+    def fulfils_grammar(self) -> bool | None:
+        return None
+
+    @property
     def decode_tokens_per_second(self) -> float:
         return (self.completion_tokens - 1) / self.decode_seconds
 
