@@ -79,7 +79,9 @@ def load(
     _refuse_unquantized(resolved, checkpoint)
     config = ModelConfig.from_dict(checkpoint.config)
     check_checkpoint(config, checkpoint)
-    needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row_bytes(config, chosen.cache_dtype))
+    guesses_by_layer = mtp != 0 and has_mtp(config, checkpoint)
+    row = row_bytes(config, chosen.cache_dtype)
+    needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row, mtp=guesses_by_layer)
     budget = available_memory() if ram is None else ram
     context = choose_context(needs, config.max_position_embeddings, ctx, budget)
     if threads is not None:
@@ -91,7 +93,7 @@ def load(
     experts = ExpertStore(checkpoint, config, chosen)
     engine = Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
     if mtp != 0:
-        layer = MtpLayer(engine.model, checkpoint, chosen, experts.layer) if has_mtp(config, checkpoint) else None
+        layer = MtpLayer(engine.model, checkpoint, chosen, experts.layer) if guesses_by_layer else None
         engine.speculate(layer, mtp)
     return engine
 

@@ -309,9 +309,8 @@ def test_an_answer_that_is_not_what_it_has_to_be_is_a_failure(invoke, engine, mo
     monkeypatch.setattr(sys.modules["fake_localmoe"].FakeStats, "fulfils_grammar", False)
     outcome = invoke("run", "demo", "Hi", "--choice", "yes", "-n", "2")
     assert (outcome.status, outcome.out) == (1, "Once upon\n")
-    assert outcome.err == (
-        "localmoe: the answer does not fulfil what was asked of it: it was cut off; allow more tokens with -n or --ctx\n"
-    )
+    assert outcome.err.startswith("localmoe: the answer does not fulfil what was asked of it: it was cut off; allow")
+    assert outcome.err.count("\n") == 1
     outcome = invoke("run", "demo", "Hi", "--choice", "yes", "--json")
     assert outcome.status == 1
     assert outcome.json["text"] == "Once upon a time."
