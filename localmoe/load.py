@@ -270,7 +270,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Memory that the kept latent cache takes now; see `generate`'s `reuse_prefix`."""
-        return 0 if self._cached is None else self._cached.cache.nbytes
+        return 0 if self._cached is None else self._cached.nbytes
 
     def save_session(self, path: Path, facts: Facts) -> Facts:
         """Write what `reuse_prefix` would go on from, and `facts`, whose model and counts are filled in, to a file.

@@ -115,8 +115,7 @@ def _tensors(cached: CachedTokens) -> dict[str, Tensor]:
     tensors |= {f"latents.{layer}": cache.reserve(layer, 0)[:count] for layer in cache.layers}
     drafter = cached.drafter
     if isinstance(drafter, MtpDrafter) and (state := drafter.waiting_state(cached.token_ids[:count])) is not None:
-        (layer,) = drafter.cache.layers
-        tensors |= {"mtp.latents": drafter.cache.reserve(layer, 0), "mtp.state": state}
+        tensors |= {"mtp.latents": drafter.rows, "mtp.state": state}
     return tensors
 
 

@@ -113,6 +113,25 @@ class MtpDrafter:
         self.cache.advance(rows)
         self._waiting, self._first = [state] if len(state) else [], rows
 
+    @property
+    def rows(self) -> Tensor:
+        """Its latents as stored, [rows, width]."""
+        (layer,) = self.cache.layers
+        return self.cache.reserve(layer, 0)
+
+    def settled(self, token_ids: Sequence[int]) -> int:
+        """How many rows there are of `token_ids`, those in the main cache, with all that can be made."""
+        if self._waiting:
+            self.settle(token_ids)
+        return self.cache.length
+
+    def append(self, rows: Tensor) -> None:
+        """Go on from rows that were kept elsewhere, as stored; with the last, those of all tokens are there."""
+        (layer,) = self.cache.layers
+        self.cache.reserve(layer, len(rows))[self.cache.length :] = rows
+        self.cache.advance(len(rows))
+        self._waiting, self._first = [], self.cache.length
+
     def settle(self, token_ids: Sequence[int]) -> None:
         """Put the states that wait into the cache, but for the last, whose next token is not known."""
         start = self.cache.length
