@@ -240,8 +240,8 @@ class Engine:
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             top_logprobs=top_logprobs,
-            grammar=self._grammar(schema, grammar, choice),
-            grammar_after=THINKING_END if self._begins_thinking(prompt, thinking) else "",
+            grammar=(held_to := self._grammar(schema, grammar, choice)),
+            grammar_after=THINKING_END if held_to is not None and self._begins_thinking(prompt, thinking) else "",
         )
         for token_id in logit_bias or ():
             if token_id >= self.config.vocab_size:
