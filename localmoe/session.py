@@ -150,8 +150,8 @@ class CachedTokens:
             if self.drafter.waiting_state(ids) is None:
                 return  # it has not seen them all, and could not go on there
             kept = max(kept - 1, 0)  # as many as it lets be kept
-            drafted = self.drafter.rows[max(kept, 1) - 1 : len(ids) - 1].clone()
-        rows = {layer: self.cache.reserve(layer, 0)[kept : len(ids)].clone() for layer in self.cache.layers}
+            drafted = _aside(self.drafter.rows[max(kept, 1) - 1 : len(ids) - 1])
+        rows = {layer: _aside(self.cache.reserve(layer, 0)[kept : len(ids)]) for layer in self.cache.layers}
         self._branches.add(Branch(np.asarray(ids, dtype=np.int64), kept, rows, drafted))
 
     def _take_up(self, branch: Branch, known: int) -> bool:
@@ -174,3 +174,8 @@ class CachedTokens:
             self.drafter.observe(self._ids, None)
         self._branches.give(branch, end)
         return True
+
+
+def _aside(rows: Tensor) -> Tensor:
+    """A copy in the CPU's memory: a card's is for what is in use."""
+    return rows.to("cpu", copy=True)
