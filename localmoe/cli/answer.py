@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from localmoe.generate import Stats, Step
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
     from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment, ThinkingSplitter
 

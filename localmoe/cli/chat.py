@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from localmoe.cli.conversation import Conversation
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
 
 COMMANDS = {
     "/help": "this list",

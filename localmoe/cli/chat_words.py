@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from localmoe.cli.answer import Answer, Request
     from localmoe.cli.conversation import Conversation
     from localmoe.cli.kept import Kept
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
 
 _RECALLED = 2  # turns shown when a session goes on
 _NEARLY = 0.9  # of the context

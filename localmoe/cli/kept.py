@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from localmoe.cli.answer import Request
     from localmoe.cli.options import Machine
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
 
 _SHARE = 0.1  # of the time since the last one that saving may take
 

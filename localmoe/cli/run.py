@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from localmoe.cli.conversation import Conversation
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
     from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment
 
