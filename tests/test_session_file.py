@@ -17,6 +17,7 @@ from torch import Tensor
 import localmoe
 from localmoe.errors import ContextOverflowError, SessionError, StorageError
 from localmoe.load import Engine, load
+from localmoe.model.card.cache import CardCache, CardLatents
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache, row_bytes
 from localmoe.session import CachedTokens
@@ -139,6 +140,20 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         restore(tmp_path / "nothing.safetensors", filled(0), HASH, "bf16")
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_cache_whose_layers_lie_in_two_places(tmp_path: Path, dtype: str) -> None:
+    """As on a card, whose memory is taken at once; the file is the same one, and opens on either."""
+    path, cached = tmp_path / "x.safetensors", filled(20, dtype)
+    write(path, facts(dtype), cached)
+    latents = CardLatents(SMALL, 64, DTYPES[dtype], [0], torch.device("cpu"))
+    on_card = CachedTokens(CardCache(SMALL, DTYPES[dtype], latents, 64))
+    restore(path, on_card, HASH, dtype)
+    assert all(torch.equal(*pair) for pair in zip(rows(on_card), rows(cached), strict=True))
+    other = tmp_path / "y.safetensors"
+    write(other, facts(dtype), on_card)
+    assert other.read_bytes() == path.read_bytes()
+
+
 class TestFailures:
     """The file that was there and the conversation in memory are whole after any of them."""
 
@@ -234,8 +249,10 @@ class TestWithAModel:
             self.answer(engine, [1, 2, 3])
             engine.save_session(path, Facts([]))
         with load(artifact, ctx=256, threads=1) as engine:
-            assert engine.fingerprint == load(artifact).fingerprint
+            engine.expert_uses = lambda: torch.ones(6, 16)  # counted on a card only
             self.answer(engine, [1, 2, 3])
             with pytest.raises(SessionError, match="another model's, and its latents mean nothing to this model"):
                 engine.open_session(path)
             assert self.answer(engine, [1, 2, 3])[1] == 1
+            engine.save_session(tmp_path / "y.safetensors", Facts([]))
+            assert load_file(tmp_path / "y.safetensors")["expert_heat"].sum() == 96
