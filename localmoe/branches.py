@@ -70,7 +70,7 @@ class Branches:
         """Keep a branch."""
         self._branches.append(branch)
 
-    def longest(self, ids: Sequence[int], kept: int) -> tuple[Branch, int] | None:
+    def longest(self, ids: Sequence[int] | Ids, kept: int) -> tuple[Branch, int] | None:
         """The branch that knows most of `ids`, of which the first `kept` are in use, and how many it knows; None where
         none knows more than those."""
         wanted = np.asarray(ids, dtype=np.int64)

@@ -65,7 +65,11 @@ class Vocabulary:
             raise GrammarError("the schema cannot be used: it is neither an object nor true or false")
         if schema is False:
             raise GrammarError("the schema cannot be met: it is false")
-        if not can_be_met(schema):
+        try:
+            possible = can_be_met(schema)
+        except RecursionError as error:
+            raise GrammarError("the schema cannot be used: it is nested too deeply") from error
+        if not possible:
             raise GrammarError("the schema cannot be met: every value of it needs another one inside, without an end")
         translate = partial(
             self._library.LLMatcher.grammar_from_json_schema, defaults={"whitespace_pattern": _WHITESPACE}
@@ -97,7 +101,11 @@ class Vocabulary:
             verb = "cannot be met" if "nsatisfiable" in reason else "cannot be used"
             raise GrammarError(f"the {what} {verb}: {reason}")
         grammar = Grammar(self, matcher)
-        if not bool(grammar.start().allowed().any()):
+        try:
+            possible = bool(grammar.start().allowed().any())
+        except InputError:  # rules that only name one another
+            possible = False
+        if not possible:
             raise GrammarError(f"the {what} cannot be met: no text fulfils it")
         return grammar
 
@@ -208,7 +216,7 @@ def _library() -> Any:
         import llguidance
     except ImportError as error:
         raise UsageError(
-            "constrained output (--schema, --grammar, --choice) needs llguidance: pip install 'localmoe[grammar]'"
+            "constrained output (--schema, --grammar, --choice) needs llguidance: pip install llguidance"
         ) from error
     return llguidance
 

@@ -12,6 +12,7 @@ __metadata__     `localmoe.sessions.Facts`
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -61,8 +62,7 @@ def write(path: Path, facts: Facts, cached: CachedTokens, expert_heat: Tensor | 
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{name_of(path)}-")
         try:
             with os.fdopen(descriptor, "wb", buffering=0) as file:
-                with contextlib.suppress(AttributeError):
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, and not after a gigabyte
+                _make_room(file.fileno(), size)
                 _write_all(file.fileno(), header, tensors)
                 os.fsync(file.fileno())
             Path(temporary).replace(path)
@@ -129,6 +129,15 @@ def _header(tensors: Mapping[str, Tensor], facts: Facts) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
+
+
+def _make_room(descriptor: int, size: int) -> None:
+    """A full disk shows now, and not after a gigabyte; where the file system cannot tell, when it is reached."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _write_all(descriptor: int, header: bytes, tensors: Mapping[str, Tensor]) -> None:

@@ -235,6 +235,7 @@ class Claim:
                     os.close(descriptor)
                     raise
                 if os.fstat(descriptor).st_nlink:  # else its holder has just given it back and removed it
+                    _sweep(path.parent, name)
                     return cls(name, path, lock, descriptor)
                 os.close(descriptor)
         except BlockingIOError as error:
@@ -255,3 +256,12 @@ class Claim:
                 self._lock.unlink()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _sweep(directory: Path, name: str) -> None:
+    """Delete what a program that was killed while it wrote this session left: only the claim's holder writes it."""
+    left = re.compile(rf"\.{re.escape(name)}-[a-z0-9_]{{8}}")  # as `tempfile.mkstemp` names them
+    for path in directory.iterdir():
+        if left.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()

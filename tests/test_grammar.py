@@ -138,6 +138,8 @@ def test_what_may_end_and_what_never_comes(vocabulary: Vocabulary, tokenizer: To
             "without an end",
         ),
         ({"enum": ["x" * 1_000_001]}, GrammarError, "longer than"),
+        ('{"anyOf":[' * 200 + "{}" + "]}" * 200, GrammarError, "recursion limit"),
+        ('{"items":' * 5000 + "{}" + "}" * 5000, InputError, "recursion"),
         ({"const": float("nan")}, GrammarError, "not JSON"),
     ],
 )
@@ -156,7 +158,9 @@ def test_recursion_with_an_end_is_not_refused(vocabulary: Vocabulary) -> None:
         vocabulary.schema(schema)
 
 
-@pytest.mark.parametrize("text", ["start: x", "start: /[^/", "root ::= (", "", "start: %json {"])
+@pytest.mark.parametrize(
+    "text", ["start: x", "start: /[^/", "root ::= (", "", "start: %json {", "start: a\na: b\nb: a"]
+)
 def test_grammars_that_are_refused(vocabulary: Vocabulary, text: str) -> None:
     with pytest.raises(GrammarError, match="the grammar cannot be") as caught:
         vocabulary.grammar(text)
@@ -174,7 +178,7 @@ def test_without_the_library_one_line_says_what_to_install(
         return real(name, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UsageError, match=r"pip install 'localmoe\[grammar\]'"):
+    with pytest.raises(UsageError, match="needs llguidance: pip install llguidance"):
         Vocabulary(tokenizer, 4096, [1])
 
 

@@ -106,6 +106,16 @@ def test_the_list_has_the_damaged_ones_too(home: Path) -> None:
     assert (second.name, second.facts, second.problem) == ("b", FACTS, None)
 
 
+def test_what_a_killed_program_left_is_swept_away(home: Path) -> None:
+    directory = home / "sessions"
+    directory.mkdir()
+    for name in (".x-abc_1234", ".x-y-abc_1234", ".xy-abc_1234", "x.safetensors", ".x-abcdefgh.lock"):
+        (directory / name).touch()
+    with Claim.take("x"):
+        assert not (directory / ".x-abc_1234").exists()
+    assert len(list(directory.iterdir())) == 4
+
+
 def test_a_session_is_one_programs_at_a_time(home: Path) -> None:
     put("x", FACTS.to_metadata())
     with Claim.take("x"):
