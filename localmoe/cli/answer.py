@@ -11,8 +11,8 @@ from localmoe.errors import TemplateError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from localmoe.generate import Stats, Step
     from localmoe.engine import Engine
+    from localmoe.generate import Stats, Step
     from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment, ThinkingSplitter
 
