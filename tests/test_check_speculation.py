@@ -55,6 +55,7 @@ def test_acceptance_is_the_independent_count(script: ModuleType, engines: tuple[
     found = script.acceptance(*engines, script.prompts()[::200], 24)
     assert found["passed"]
     assert found["drafted"] > 50
+    assert abs(found["drafted"] - found["counted"]) <= 2  # but for near-ties
     guessing = engines[1]
     guessing.speculate(guessing._mtp, 2)
 
