@@ -114,7 +114,7 @@ def _on_card(
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
     placed = place(subject, may)
     hold_to(card)
-    machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True)
+    machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True, card=card.name)
     from_tokens = stream_from(subject, machine, placed.layers)
     chosen = experts_on_card(subject, placed.layers)
     kept = CardExperts(checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens)

@@ -64,7 +64,8 @@ def _save(home: Path, facts: Facts, threads: int, figures: Mapping[str, Figure])
     if not figures:
         return None, ()
     try:
-        return save(home, Record.today(facts.cpu, threads, _tier(facts), figures)), ()
+        card = facts.cards[0].name if facts.cards else ""
+        return save(home, Record.today(facts.cpu, threads, _tier(facts), figures, card)), ()
     except StorageError as error:
         return None, (f"record: {error}",)
 
@@ -103,9 +104,7 @@ def what_would_help(facts: Facts, figures: Mapping[str, Figure], threads: int) -
     if facts.huge_pages == "never":
         lines.append("transparent huge pages are off: `echo madvise` into /sys/kernel/mm/transparent_hugepage/enabled")
     if facts.cards:
-        lines.append(
-            "`localmoe plan MODEL --device cuda` forecasts what the card adds; its speeds are assumed, not yet measured"
-        )
+        lines.append("`localmoe plan MODEL --device cuda` says what the card adds")
     return lines
 
 
@@ -153,6 +152,8 @@ def _figure_rows(figures: Mapping[str, Figure]) -> list[tuple[str, str]]:
     rows = []
     for name, label, places in (
         ("read", "memory reads", ""),
+        ("gpu.read", "the card's memory", ""),
+        ("gpu.pcie", "to the card", "from pinned memory"),
         ("disk", "disk reads", figures["disk"].note if "disk" in figures else ""),
     ):
         if name in figures:

@@ -31,7 +31,7 @@ _KEYS = (
     "origin (cached, assumed), note}}, notes"
 )
 _WHERE = {"gpu": "GPU", "ram": "CPU memory", "disk": "disk"}
-_FORECAST = "the card's part is a forecast: its speeds are assumed, not measured"
+_FORECAST = "the card's part is a forecast: no GPU has confirmed these predictions yet"
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 PREFILL_BYTES = 128 << 20
 """What the card takes at a time for a prompt's expanded keys and values, of as many heads as fit, at least one."""
-SCORE_BYTES = 64 << 20
-"""The same for scores and masks, of as many queries as fit."""
+SCORE_BYTES = 192 << 20
+"""The same for scores and masks, of as many queries as fit, should nothing fuse them."""
+FIXED_BYTES = 160 << 20
+"""What passes of a few rows work in, rotations of every position, and what torch's libraries take for themselves."""
 HEAD_ROWS = 64
 """Rows whose logits are on the card at a time: a vocabulary is wide."""
 
@@ -229,4 +231,4 @@ def card_workspace(config: ModelConfig, tokens: int) -> int:
     experts = k * (hidden + config.moe_intermediate_size)
     widest = max(config.intermediate_size, config.n_shared_experts * config.moe_intermediate_size)
     floats = tokens * (8 * hidden + attention + experts + 2 * widest) + HEAD_ROWS * config.vocab_size
-    return PREFILL_BYTES + SCORE_BYTES + 4 * floats
+    return FIXED_BYTES + PREFILL_BYTES + SCORE_BYTES + 4 * floats

@@ -26,6 +26,7 @@ class CardMemory:
 
     device: torch.device
     vram: int
+    name: str = ""
 
 
 def choose_card(wanted: str, vram: int | None) -> CardMemory | None:
@@ -48,7 +49,7 @@ def choose_card(wanted: str, vram: int | None) -> CardMemory | None:
         raise DeviceError(f"{asked}: {missing}; --device cpu computes without a card")
     device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
-    return CardMemory(device, _ceiling(vram, free, total))
+    return CardMemory(device, _ceiling(vram, free, total), torch.cuda.get_device_name(device))
 
 
 def why_no_card() -> str | None:

@@ -18,7 +18,9 @@ from torch import Tensor
 from localmoe.errors import StorageError
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight
 from localmoe.kernels.dispatch import Kernels
+from localmoe.offload.device import choose_card
 from localmoe.offload.machine import Figure
+from localmoe.offload.measure_card import card_probes
 from localmoe.offload.probe import Attempts, Facts
 
 SECONDS = 6.0
@@ -44,7 +46,7 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     seconds: float = SECONDS,
 ) -> tuple[dict[str, Figure], tuple[str, ...]]:
-    """Figures by the names of `machine.CPU_FIGURES` and `disk`, and a line for each that could not be measured.
+    """Figures by the names of `machine.FIGURE_UNITS`, and a line for each that could not be measured.
 
     What matters most comes first; nothing is begun when `seconds` are over. `home` is where the disk is measured.
     Sets torch's threads, which are the process's.
@@ -75,6 +77,9 @@ def _probes(
         attempt.failed.append(f"memory bandwidth: only {facts.available_bytes >> 20} MiB are available")
     else:
         kernels = attempt("kernels", lambda: Kernels.choose("auto", threads), None)
+    card = attempt("card", lambda: choose_card("auto", None), None) if facts.cards else None
+    if card is not None:
+        yield from card_probes(card.device)
     if kernels is None or kernels.backend is None:
         yield "disk", "disk read bandwidth", partial(disk, home)
         return

@@ -12,14 +12,13 @@ from typing import Any
 
 from localmoe.errors import StorageError
 from localmoe.formats.files import write_atomically
-from localmoe.offload.machine import CPU_FIGURES, Figure, GpuSpeed, Machine, assumed_disk, assumed_gpu, cpu_speed
+from localmoe.offload.machine import FIGURE_UNITS, Figure, GpuSpeed, Machine, assumed_disk, assumed_gpu, cpu_speed
 from localmoe.offload.probe import Card, Facts
 
 _LINK_SHARE = 0.8  # of a PCIe link's data sheet arrives, by large copies from pinned memory
 
 FORMAT = 1
 NAME = "doctor.json"
-_NAMES = (*CPU_FIGURES, "disk")
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,13 @@ class Record:
     measured: str
     """The day, as 2026-01-31."""
     figures: Mapping[str, Figure]
+    card: str = ""
+    """The card's name, where there was one."""
 
     @classmethod
-    def today(cls, cpu: str, threads: int, tier: str, figures: Mapping[str, Figure]) -> Record:
+    def today(cls, cpu: str, threads: int, tier: str, figures: Mapping[str, Figure], card: str = "") -> Record:
         """What was just measured."""
-        return cls(cpu, threads, tier, date.today().isoformat(), figures)
+        return cls(cpu, threads, tier, date.today().isoformat(), figures, card)
 
 
 def save(home: Path, record: Record) -> Path:
@@ -48,6 +49,7 @@ def save(home: Path, record: Record) -> Path:
         "threads": record.threads,
         "tier": record.tier,
         "measured": record.measured,
+        "card": record.card,
         "figures": {name: {"value": figure.value, "note": figure.note} for name, figure in record.figures.items()},
     }
     try:
@@ -88,14 +90,15 @@ def _record(content: Any) -> Record | None:
             return None
         if not 0 < value < math.inf:
             return None
-        if name in _NAMES:
+        if name in FIGURE_UNITS:
             figures[name] = Figure(float(value), "cached", note)
-    return Record(cpu, threads, tier, day, figures)
+    card = content.get("card", "")
+    return Record(cpu, threads, tier, day, figures, card if isinstance(card, str) else "")
 
 
-def machine_here(facts: Facts, home: Path, threads: int, *, with_card: bool) -> Machine:
+def machine_here(facts: Facts, home: Path, threads: int, *, with_card: bool, card: str = "") -> Machine:
     """This machine by doctor's record where that is of the same CPU, threads and kernels, else by assumptions; `notes`
-    says which. `with_card` adds the first card here, or one that is assumed."""
+    says which. `with_card` adds the first card of `facts`, else one called `card`, else one that is assumed."""
     record, why = read(home)
     tier = facts.tiers[-1] if facts.tiers else ""
     if record is not None and (record.cpu, record.threads, record.tier) != (facts.cpu, threads, tier):
@@ -109,16 +112,28 @@ def machine_here(facts: Facts, home: Path, threads: int, *, with_card: bool) -> 
     return Machine(
         cpu=cpu_speed(threads, facts.cache_bytes, known, tier),
         disk=known.get("disk") or assumed_disk(),
-        gpu=_gpu(facts.cards) if with_card else None,
+        gpu=_gpu(facts.cards, card, record) if with_card else None,
         notes=(note,),
     )
 
 
-def _gpu(cards: tuple[Card, ...]) -> GpuSpeed:
-    if not cards:
-        return assumed_gpu()
-    card = cards[0]
-    gpu = replace(assumed_gpu(card.name, card.memory_bytes), free=card.free_bytes)
+def _gpu(cards: tuple[Card, ...], name: str, record: Record | None) -> GpuSpeed:
+    gpu = assumed_gpu(name)
+    if cards:
+        gpu = replace(assumed_gpu(cards[0].name, cards[0].memory_bytes), free=cards[0].free_bytes)
+        gpu = _linked(gpu, cards[0])
+    if record is None or not record.card or record.card != gpu.name:
+        return gpu
+    figures = record.figures
+    return replace(
+        gpu,
+        read=figures.get("gpu.read", gpu.read),
+        macs=figures.get("gpu.macs", gpu.macs),
+        pcie=figures.get("gpu.pcie", gpu.pcie),
+    )
+
+
+def _linked(gpu: GpuSpeed, card: Card) -> GpuSpeed:
     link = card.link_bytes_per_second
     if card.link is None or link is None:
         return gpu

@@ -106,7 +106,7 @@ def test_what_failed_is_a_line_and_not_the_end(invoke, machine: dict, home: Path
         ({}, {"disk": Figure(0.4e9, "measured")}, "the disk reads 0.4 GB/s"),
         ({"huge_pages": "never"}, {}, "transparent huge pages are off"),
         ({"load": 7.0}, {}, "a load of 7.0"),
-        ({"cards": (Card("A", None, None, "1", "8.9", None),)}, {}, "forecasts what the card will add"),
+        ({"cards": (Card("A", None, None, "1", "8.9", None),)}, {}, "says what the card adds"),
     ],
 )
 def test_advice(changes: dict, figures: dict, said: str) -> None:

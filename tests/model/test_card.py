@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmoe.errors import ContextOverflowError, InputError, UsageError
+from localmoe.errors import ContextOverflowError, DeviceError, InputError, UsageError
 from localmoe.formats import int4, int8
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 from localmoe.kernels.dispatch import Kernels
@@ -246,3 +246,27 @@ def test_tokens_taken_back_and_a_cache_that_lost_its_memory(device: torch.device
         ours.forward(torch.tensor([96]), second)
     assert second.length == 0
     assert second.nbytes == 2 * 48 * 40 * 4
+
+
+def test_a_pass_that_finds_no_memory_is_done_in_halves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, wanted = models(device, changes={"first_k_dense_replace": 2})
+    layer, asked = ours._layers[0], []
+    many = layer.many
+
+    def short(x: Tensor, *rest: Any) -> Tensor:
+        asked.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError
+        return many(x, *rest)
+
+    monkeypatch.setattr(layer, "many", short)
+    monkeypatch.setattr("localmoe.model.card.model._LEAST_PASS", 4)
+    most = 6
+    assert_alike(ours, wanted, (11,))
+    assert asked == [11, 5, 6]
+    assert ours.prefill_chunk == 5
+    most = 1
+    cache = ours.new_cache(48)
+    with pytest.raises(DeviceError, match="does not hold 9 tokens of a prompt"):
+        ours.forward(torch.arange(9), cache)
+    assert cache.length == 0

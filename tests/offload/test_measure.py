@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from localmoe.errors import StorageError
 from localmoe.offload import measure as module
 from localmoe.offload.machine import FIGURE_UNITS, FORMS, Figure
 from localmoe.offload.measure import disk, measure
+from localmoe.offload.measure_card import card_probes
 from localmoe.offload.probe import look
 
 MOUNTS = "21 1 8:1 / / rw - ext4 /dev/sda1 rw\n22 21 0:5 / {} rw shared:2 - {} none rw\n"
@@ -68,3 +70,13 @@ def test_what_there_is_no_time_or_memory_for_is_named(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("form", FORMS)
 def test_a_matrix_is_as_large_as_asked_for(form: str) -> None:
     assert module._matrix(form, 8 << 20).nbytes == pytest.approx(8 << 20, rel=0.01)
+
+
+def test_a_card_is_measured_by_its_memory_link_and_products() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    probes = list(card_probes(device, copy=1 << 20, link=1 << 20, shape=(16, 64, 64)))
+    assert [name for name, _, _ in probes] == ["gpu.read", "gpu.pcie", "gpu.macs"]
+    for _, _, probe in probes:
+        figure = probe()
+        assert figure.origin == "measured"
+        assert figure.value > 0

@@ -131,7 +131,7 @@ class CardAttention:
     def _attend_heads(self, query: Tensor, keys: Tensor, values: Tensor, start: int, out: Tensor) -> None:
         """Query [T, h, n + p], whose first row stands at `start`, to out [T, h, v]."""
         tokens, context = len(query), len(keys)
-        step = max(16, SCORE_BYTES // (8 * context))
+        step = max(16, SCORE_BYTES // (6 * context * query.shape[1]))
         for first in range(0, tokens, step):
             own = query[first : first + step]
             seen = start + first + len(own)

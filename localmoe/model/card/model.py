@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localmoe.errors import UsageError
+from localmoe.errors import DeviceError, UsageError
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.triton.launch import Launch, launch_for
 from localmoe.kernels.triton.matvec import new_output
@@ -26,6 +26,9 @@ from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows,
 from localmoe.model.moe import Experts
 from localmoe.model.rope import Rope
 from localmoe.model.sizes import HEAD_ROWS
+
+_LEAST_PASS = 64
+"""Tokens of a prompt that are worth a pass where the card's memory turns out to be short."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,28 @@ class CardModel:
         """The card's part of a longer pass: [T, H] on the card."""
         self._check(token_ids, cache)
         self._kernels.share_cores(len(token_ids))
-        start = cache.length
+        try:
+            return self._many_rows(token_ids, cache.length)
+        except torch.OutOfMemoryError:
+            # Somebody else took what was free, or torch's memory is in pieces. Nothing is lost: what the pass had put
+            # into the cache, a pass puts there again
+            torch.cuda.empty_cache()
+            half = len(token_ids) // 2
+            if half < _LEAST_PASS:
+                raise DeviceError(
+                    f"the card's memory does not hold {len(token_ids)} tokens of a prompt: other programs use it too; "
+                    "a smaller --vram or --ctx leaves more free"
+                ) from None
+            self.prefill_chunk = max(half, _LEAST_PASS)
+            return torch.cat(
+                [
+                    self._many_rows(token_ids[:half], cache.length),
+                    self._many_rows(token_ids[half:], cache.length + half),
+                ]
+            )
+
+    def _many_rows(self, token_ids: Tensor, start: int) -> Tensor:
+        """Places from `start` on."""
         with self._card_time:
             x = embedding_rows(self._embedding, token_ids).to(self._device)
             place = torch.tensor([start], dtype=torch.int32, device=self._device)
