@@ -125,6 +125,20 @@ def measure(
         )
 
 
+def decode_by_context(
+    engine: Engine, most: int, count: int, progress: Callable[[str], None] = lambda _: None
+) -> list[tuple[int, float]]:
+    """(tokens in the cache, tokens/s) with an empty cache and with `most` tokens, halved five times; `count` tokens are
+    decoded each time."""
+    most = max(min(most, engine.max_context - count - 1), 0)
+    _decode(engine, count, 0)  # weights come into memory
+    found = []
+    for held in sorted({0, *(most >> halvings for halvings in range(6))}):
+        progress(f"decode after {held:,} tokens")
+        found.append((held, 1 / _decode(engine, count, held)[0]))
+    return found
+
+
 def _random_ids(engine: Engine, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(count)
     return torch.randint(0, engine.config.vocab_size, (count,), generator=generator)
@@ -132,8 +146,13 @@ def _random_ids(engine: Engine, count: int) -> torch.Tensor:
 
 def _prefill(engine: Engine, count: int) -> float:
     """Seconds to the last token's logits."""
+    return prefill_ids(engine, _random_ids(engine, count))
+
+
+def prefill_ids(engine: Engine, ids: torch.Tensor) -> float:
+    """Seconds to the logits of the last of these ids int64 [T], from an empty cache."""
+    count = len(ids)
     cache = engine.model.new_cache(count)
-    ids = _random_ids(engine, count)
     started = time.perf_counter()
     with torch.inference_mode():
         for start in range(0, count, engine.model.prefill_chunk):

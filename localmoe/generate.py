@@ -33,6 +33,7 @@ class Stats:
     decode_seconds: float  # for all tokens after the first
     reused_tokens: int = 0  # of the prompt, found in the cache
     speculation: SpeculationStats | None = None  # where tokens could be guessed
+    sampling_seconds: float = 0.0  # of the decode's: drawing tokens and turning them into text
     fulfils_grammar: bool | None = None  # where there was one; an answer that was cut off does not
 
     @property
@@ -266,7 +267,7 @@ def _steps(
     started = time.perf_counter()
     rows, reused = passes.prefill(prompt_ids, prefill_chunk)
     prefill_seconds = time.perf_counter() - started
-    decode_seconds = pass_seconds = 0.0
+    decode_seconds = pass_seconds = sampling_seconds = 0.0
     while True:
         for place, logits in enumerate(rows):
             started = time.perf_counter()
@@ -282,9 +283,18 @@ def _steps(
             pass_seconds += spent
             if answer.tokens > 1:
                 decode_seconds += spent
+                sampling_seconds += spent
             if finish_reason is not None:
-                stats = Stats(len(prompt_ids), answer.tokens, prefill_seconds, decode_seconds, reused, passes.stats)
-                stats = replace(stats, fulfils_grammar=passes.fulfils_grammar)
+                stats = Stats(
+                    len(prompt_ids),
+                    answer.tokens,
+                    prefill_seconds,
+                    decode_seconds,
+                    reused,
+                    passes.stats,
+                    sampling_seconds,
+                    passes.fulfils_grammar,
+                )
                 yield replace(step, stats=stats)
                 return
             yield step

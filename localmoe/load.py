@@ -24,6 +24,7 @@ from localmoe.model.deepseek import Model
 from localmoe.model.kv_cache import row_bytes
 from localmoe.model.mtp import MtpLayer, has_mtp
 from localmoe.model.shapes import check_checkpoint
+from localmoe.offload.counts import ExpertCounts
 from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
 from localmoe.offload.heat import Heat, heat_file
@@ -53,6 +54,7 @@ def load(
     cache_dtype: str = "auto",
     mtp: int | None = 0,
     deterministic: bool = False,
+    counts: ExpertCounts | None = None,
 ) -> Engine:
     """Open a model: a name or repository id, with or without a `:RECIPE` or `:source` ending, or a directory.
 
@@ -62,7 +64,8 @@ def load(
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
     measuring finds to pay, 0: none. On a card experts change places as they are used, and with them the last bits of
-    results, unless it is to be `deterministic`.
+    results, unless it is to be `deterministic`, which knows nothing of earlier runs either. `counts` counts the experts
+    that are chosen, on the CPU's engine.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
@@ -90,7 +93,8 @@ def load(
         engine = _on_card(card, checkpoint, config, chosen, experts, Budgets(budget, card.vram, ctx), deterministic)
     else:
         context = choose_context(needs, config.max_position_embeddings, ctx, budget)
-        engine = Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
+        layer = experts.layer if counts is None else counts.watching(experts.layer)
+        engine = Engine(Model(config, checkpoint, chosen, layer), checkpoint, chosen, context)
     if mtp != 0:
         engine.speculate(_mtp_layer(engine.model, checkpoint, chosen, experts), mtp)
     return engine
@@ -110,7 +114,7 @@ def _on_card(
     from localmoe.offload.card import CardExperts
 
     known = heat_file(home(), checkpoint.directory)
-    heat = Heat.read(known, config)
+    heat = Heat.none(config) if deterministic else Heat.read(known, config)
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
     placed = place(subject, may)
     hold_to(card)
@@ -126,8 +130,9 @@ def _on_card(
         raise DeviceError(
             f"--vram {card.vram / GIB:.2f} GiB: other programs took the card's memory meanwhile; try again with less"
         ) from error
-    if not deterministic:
-        kept.keep_fresh()
+    if deterministic:
+        return Engine(model, checkpoint, kernels, placed.context, placed)
+    kept.keep_fresh()
 
     def closing() -> None:
         kept.close()

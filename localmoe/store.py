@@ -89,7 +89,9 @@ def home() -> Path:
 def artifact_dir(name: str, recipe: str) -> Path:
     """Where the artifact of `name` made by `recipe` lies, whether or not it exists. Raises UsageError."""
     if recipe not in RECIPES:
-        raise UsageError(f"unknown recipe {printable(recipe)!r}: the recipes are {', '.join(RECIPES)}")
+        near = difflib.get_close_matches(recipe.lower(), RECIPES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the recipes are {', '.join(RECIPES)}"
+        raise UsageError(f"unknown recipe {printable(recipe)!r}: {hint}")
     return _name_dir(name) / recipe
 
 
@@ -135,7 +137,8 @@ def _canonical(name: str) -> str:
         return name
     if is_repo_id(name):
         return known_name(name) or name
-    near = difflib.get_close_matches(name.lower(), registry(), 3, cutoff=0.5)
+    known = dict.fromkeys([*registry(), *(path.name.replace("--", "/") for path in _subdirectories(home() / "models"))])
+    near = difflib.get_close_matches(name.lower(), known, 3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`localmoe list` shows the names"
     raise ModelNotFoundError(f"no model is called {printable(name)!r}: {hint} (or give OWNER/NAME, or a directory)")
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from localmoe.engine import Engine
+    from localmoe.explain import PartTimer
     from localmoe.generate import Stats, Step
     from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment, ThinkingSplitter
@@ -51,6 +52,7 @@ class Answer:
     logprobs: list[dict[str, Any]] | None = None
     speculation: SpeculationStats | None = None
     fulfils_grammar: bool | None = None
+    sampling_seconds: float = 0.0
     thinking_tokens: int = 0
     thinking_seconds: float = 0.0
 
@@ -88,11 +90,12 @@ def collect(
     *,
     reuse_prefix: bool = False,
     into: Answer | None = None,
+    timed: PartTimer | None = None,
 ) -> Answer:
     """Generate an answer, passing each piece to `show` as it comes.
 
     Ctrl-C ends the answer, not the program: what came so far is returned, its finish_reason "interrupted". `into` is
-    the answer to fill, for a `show` that wants to see its counts.
+    the answer to fill, for a `show` that wants to see its counts; `timed` is told of the first token.
     """
     from localmoe.text import Segment
 
@@ -113,6 +116,8 @@ def collect(
             answer.completion_tokens += 1
             if answer.prefill_seconds is None:
                 answer.prefill_seconds = now
+                if timed is not None:
+                    timed.first_token()
             answer.decode_seconds = now - answer.prefill_seconds
             if answer.logprobs is not None:
                 answer.logprobs.append(_logprobs(engine, step))
@@ -166,6 +171,7 @@ def _take(answer: Answer, stats: Stats) -> None:
     answer.decode_tokens_per_second = stats.decode_tokens_per_second
     answer.speculation = stats.speculation
     answer.fulfils_grammar = stats.fulfils_grammar
+    answer.sampling_seconds = stats.sampling_seconds
 
 
 def guesses(speculation: SpeculationStats) -> str:

@@ -6,16 +6,19 @@ Exit statuses: 0 done; 1 the work failed; 2 wrong usage; 130 interrupted; 141 th
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from localmoe.cli import streams
-from localmoe.cli.failure import READER_GONE, describe, hint
+from localmoe.cli import config_file, streams
+from localmoe.cli.command import HELP, Command, Group, given
+from localmoe.cli.failure import INTERRUPTED, READER_GONE, Failure, describe, hint
+from localmoe.errors import LocalMoeError, UsageError
 
 COMMANDS = {  # name: its module in localmoe.cli, its function there, what the list of commands says
     "run": ("run", "run", "Ask one thing; the answer alone on stdout."),
@@ -30,11 +33,14 @@ COMMANDS = {  # name: its module in localmoe.cli, its function there, what the l
     "list": ("models", "list_models", "The models here, and those to pull."),
     "show": ("show", "show", "What a model is, and what 4 bits cost it."),
     "verify": ("models", "verify", "Check every file's hash."),
+    "templates": ("templates", "app", "Saved prompts, for run --template."),
     "rm": ("models", "remove", "Delete a quantized model."),
+    "completion": ("completion", "completion", "Make your shell complete commands and models."),
+    "config": ("config", "app", "Defaults and aliases of your own."),
 }
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     """The commands, each imported when it is called: --help and a command wait for no other command's code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -44,10 +50,11 @@ class _Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, function, summary = COMMANDS[cmd_name]
+        found = getattr(importlib.import_module(f"localmoe.cli.{module}"), function)
+        if isinstance(found, typer.Typer):  # a command with commands of its own
+            return typer.main.get_command(found)
         alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        alone.command(cmd_name, short_help=summary)(
-            getattr(importlib.import_module(f"localmoe.cli.{module}"), function)
-        )
+        alone.command(cmd_name, cls=Command, short_help=summary)(found)
         return typer.main.get_command(alone)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -59,29 +66,27 @@ app = typer.Typer(
     name="localmoe",
     cls=_Commands,
     help="Run DeepSeek-style Mixture-of-Experts models, at 4 bits, on one PC.",
-    epilog="To begin: localmoe run demo 'Tell me a story about a dragon'",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": list(HELP), "max_content_width": 100},
 )
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from localmoe import __version__
-
-        streams.write(f"localmoe {__version__}\n")
-        raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
 def _localmoe(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version, its commit and kernels.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --version: print one JSON object.")] = False,
 ) -> None:
+    if version:
+        from localmoe.cli.version import as_text, describe
+
+        facts = describe()
+        streams.write_json(facts) if as_json else streams.write(as_text(facts))
+        raise typer.Exit
+    if as_json:
+        raise UsageError("--json goes behind the command, or with --version")
     if context.invoked_subcommand is None:
         streams.tell(context.get_help())
         raise typer.Exit(2)
@@ -89,17 +94,27 @@ def _localmoe(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on `arguments` (the process's own by default); returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         streams.prepare()
-        status = _dispatch(given)
+        if arguments[:1] == ["__complete"]:  # a shell asks; hidden, and without the wait for Typer's parsing
+            streams.write(_candidates(arguments[1:]))
+            return 0
+        status = _dispatch(list(arguments))  # parsing empties the list
         streams.write("")  # flushes: a full disk shows up here at the latest
         return status
     except BrokenPipeError:
         streams.silence_output()
         return READER_GONE
     except BaseException as error:
-        return _fail(error, _flags(given))
+        return _fail(error, arguments)
+
+
+def _candidates(arguments: Sequence[str]) -> str:
+    from localmoe.cli.completion import answer
+
+    commands = {name: summary for name, (_, _, summary) in COMMANDS.items()}
+    return answer(arguments or ["bash", ""], commands, lambda name: _Commands().get_command(None, name))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -112,14 +127,10 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _flags(arguments: list[str]) -> set[str]:
-    """The flags among the arguments, however far parsing came: they decide how a failure looks."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    return {"--json", "--debug"}.intersection(arguments[:end])
-
-
-def _fail(error: BaseException, flags: set[str]) -> int:
-    failure = describe(error)
+def _fail(error: BaseException, arguments: Sequence[str]) -> int:
+    # Looked for among the arguments, since parsing may be what failed.
+    failure, flags = describe(error), given(arguments, ("--json", "--debug"))
+    failure = replace(failure, message=failure.message + _set_elsewhere(failure, arguments))
     streams.passing_remark("")
     if "--debug" in flags:
         streams.tell("".join(traceback.format_exception(error)), end="")
@@ -131,3 +142,16 @@ def _fail(error: BaseException, flags: set[str]) -> int:
     except BaseException:  # the error may well be that nothing can be written there
         streams.silence_output()
     return failure.exit_code
+
+
+def _set_elsewhere(failure: Failure, arguments: Sequence[str]) -> str:
+    """Where an option that the message names was set, when nobody typed it."""
+    named = re.findall(r"--[a-z][a-z-]*", failure.message)
+    if failure.exit_code == INTERRUPTED or not named or not arguments or any(n in arguments for n in named):
+        return ""
+    try:
+        config = config_file.read()
+    except LocalMoeError:
+        return ""
+    parameter = named[0].removeprefix("--").replace("-", "_")
+    return f" ({named[0]} is set in {config.path})" if parameter in config.defaults(arguments[0]) else ""

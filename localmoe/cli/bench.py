@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import options, streams
+from localmoe.cli import options, plot, speed, streams
 from localmoe.cli.opening import label, load_engine, locate
+from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
     from localmoe.benchmark import Benchmark
+    from localmoe.engine import Engine
 
 _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
     "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
     "bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+    "with --explain-speed also " + speed.KEYS, "with --plot also " + plot.KEYS,
 )  # fmt: skip
 
 
@@ -36,6 +40,13 @@ def bench(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
+    explain_speed: options.ExplainSpeed = False,
+    plot_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE.png", help="Draw decode speed by context, and the experts' heat map by layer."
+        ),
+    ] = None,
     debug: options.Debug = False,
 ) -> None:
     """Measure how fast MODEL runs here: prefill and decode in tokens/s, and how much of the memory bandwidth that is.
@@ -44,25 +55,45 @@ def bench(
     a decoded token.
     """
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    if plot_to is not None:
+        plot.check(plot_to)
     resolved = locate(model)
 
     from localmoe.benchmark import measure
 
+    opened: list[Engine] = []
+
+    def open_engine() -> Engine:
+        opened.append(load_engine(resolved.path, machine))
+        return opened[0]
+
     try:
         result = measure(
-            lambda: load_engine(resolved.path, machine),
+            open_engine,
             prompt_tokens=prompt,
             completion_tokens=count,
             context=context,
             repeats=repeats,
             progress=lambda what: streams.passing_remark(f"{what} ..."),
         )
+        charts = None if plot_to is None else plot.measure(resolved, machine, context)
     finally:
         streams.passing_remark("")
+    why = {"speed": speed.of_benchmark(opened[0], result)} if explain_speed else {}
+    drawn: dict[str, Any] = {}
+    if plot_to is not None and charts is not None:
+        title = f"{label(resolved)}, {result.kernels} kernels, {result.threads} threads"
+        plot.draw(charts, printable_line(title), plot_to)
+        drawn = charts.as_json(plot_to)
     if as_json:
-        streams.write_json({"model": label(resolved), **asdict(result)})
-    else:
-        streams.write(_lines(label(resolved), result))
+        explained = {key: speed.as_json(value) for key, value in why.items()}
+        streams.write_json({"model": label(resolved), **asdict(result), **explained, **drawn})
+        return
+    streams.write(_lines(label(resolved), result))
+    if plot_to is not None:
+        streams.write(f"drawn in {printable_line(plot_to)}\n")
+    for value in why.values():
+        speed.tell(value)
 
 
 def _lines(name: str, result: Benchmark) -> str:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from localmoe.cli import options, settings, streams, transcript
+from localmoe.cli import options, settings, speed, streams, transcript
 from localmoe.cli.answer import Answer, Request, collect, splitter
 from localmoe.cli.chat_words import afterword, recap, statistics
 from localmoe.cli.kept import Kept, turns_to_drop
+from localmoe.cli.status import folded, status
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from localmoe.cli.conversation import Conversation
+    from localmoe.cli.model_switch import ModelSwitch
     from localmoe.engine import Engine
 
 COMMANDS = {
@@ -39,6 +41,7 @@ COMMANDS = {
     "/load NAME": "go on with a conversation that was kept",
     "/export FILE.md": "write the conversation as Markdown",
     "/copy": "put the last answer on the clipboard (the terminal's, by OSC 52)",
+    "/model NAME": "go on with another model; without NAME say which this is",
     "/stats": "model, context used, speed of the last answer",
     "/exit": "leave (so does Ctrl-D)",
 }
@@ -74,6 +77,8 @@ def chat(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    explain_speed: options.ExplainSpeed = False,
+    yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk with MODEL. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -81,39 +86,43 @@ def chat(
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
-    machine = replace(machine, mtp=options.parse_mtp(mtp))
+    machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
     options.check_stop(stop)
     options.check_when_full(when_full)
     if not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout)):
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")
 
     from localmoe.cli.line_editor import LineEditor
+    from localmoe.cli.model_switch import ModelSwitch
     from localmoe.cli.opening import label, open_engine
 
     with Kept.open(session) as kept:
-        conversation = kept.conversation(system)
-        resolved, engine = open_engine(model, kept.machine(machine))
+        machine = kept.machine(machine)
+        resolved, engine = open_engine(model, machine, yes=yes)
         with engine:
             request = Request(
                 sampling=settings.sampling(kept.flags(flags), resolved.name, engine.generation_defaults),
                 max_tokens=max_tokens,
                 seed=seed,
                 stop=stop or (),
-                thinking=think,
+                thinking=settings.thinking(think, "chat", engine),
                 logit_bias=bias,
             )
-            splitter(
-                engine, conversation.asking("?"), think
-            )  # a model that cannot chat says so before the first question
+            conversation = kept.conversation(settings.system(system, "chat"))
+            splitter(engine, conversation.asking("?"), think)  # one that cannot chat says so before the first question
             kept.restore(engine, label(resolved))
-            editor = LineEditor([name.split()[0] for name in COMMANDS])
-            asking = Asking(editor.read, editor.choose if when_full is None else lambda _: when_full == "drop")
             talk = Chat(engine, label(resolved), kept.request(request), conversation, kept)
+            talk.explains = explain_speed
+            talk.switch = ModelSwitch(resolved, machine, flags, yes=yes)
+            editor = LineEditor([name.split()[0] for name in COMMANDS], talk.status)
+            asking = Asking(editor.read, editor.choose if when_full is None else lambda _: when_full == "drop")
             try:
                 with streams.ending_signals():
                     talk.talk(asking)
             except SystemExit as leaving:
                 raise typer.Exit(int(leaving.code or 0)) from None
+            finally:
+                talk.close()
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,8 @@ class Chat:
     """The loop: read a line, obey it or answer it."""
 
     def __init__(self, engine: Engine, name: str, request: Request, conversation: Conversation, kept: Kept) -> None:
+        self.switch: ModelSwitch | None = None  # what /model changes the model with
+        self.explains = False  # the speed of every answer
         self._engine = engine
         self._kept = kept
         self._choose: Callable[[str], bool] = lambda question: False
@@ -141,6 +152,14 @@ class Chat:
         self._shows_thinking = False
         self._draft = ""  # what the next prompt begins with
         self._attached: list[str] = []  # files that go with the next question
+
+    def close(self) -> None:
+        """Close the engine that the chat ended with."""
+        self._engine.close()
+
+    def status(self) -> str:
+        """The line under the prompt."""
+        return status(self._engine, self._name, self._last)
 
     def _next_draft(self) -> str:
         draft, self._draft = self._draft, ""
@@ -227,6 +246,7 @@ class Chat:
             "/load": self._load,
             "/export": self._export,
             "/copy": self._copy,
+            "/model": self._change_model,
             "/stats": lambda _: _say(self._statistics()),
         }
 
@@ -320,6 +340,15 @@ class Chat:
             streams.draw(f"\x1b]52;c;{data}\x07")
             _say("copied, if this terminal lets programs copy")
 
+    def _change_model(self, model: str) -> None:
+        if not model or self.switch is None:
+            _say(f"{self._name} ({self._engine.path}); /model NAME goes on with another one")
+            return
+        opened = self.switch(self._engine, self._request, model)
+        self._engine, self._name, self._request = opened.engine, opened.name, opened.request
+        self._last = None
+        _say(opened.problem or f"{self._name} · context {self._engine.max_context} tokens · the conversation goes on")
+
     def _set_system(self, text: str) -> None:
         if text:
             self._conversation.system = text
@@ -348,8 +377,12 @@ class Chat:
 
         answer = Answer()
         view = AnswerView(answer, show_thinking=self._shows_thinking)
+        timed = speed.timer(self._engine) if self.explains else None
         try:
-            collect(self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer)
+            with streams.no_echo():
+                collect(
+                    self._engine, messages, self._numbered(), view.show, reuse_prefix=True, into=answer, timed=timed
+                )
         except ContextOverflowError:
             self._unanswered = None
             return self._make_room(question) and self._answer(question)
@@ -357,6 +390,8 @@ class Chat:
             view.finish()
         self._last = answer
         _say(afterword(answer, self._engine.max_context) + "\n")
+        if timed is not None:
+            speed.tell(speed.of_answer(self._engine, timed, answer))
         if not answer.text:
             return False
         self._unanswered = None
@@ -392,5 +427,5 @@ class Chat:
 
 
 def _say(text: str) -> None:
-    streams.write(text, faint=True)
+    streams.write(folded(text, streams.columns()), faint=True)
     streams.write("\n")

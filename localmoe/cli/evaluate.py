@@ -52,6 +52,7 @@ def evaluate(
     is how often both find the same token likeliest.
     """
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = replace(machine, deterministic=deterministic)
     content = prompt.read_file(text)
 
     from localmoe.cli.opening import open_engine

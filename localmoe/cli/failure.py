@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import typer
 
 from localmoe.cli.sanitize import printable_line
+from localmoe.cli.values import near_miss
 from localmoe.errors import LocalMoeError
 
 INTERRUPTED = 130
@@ -48,6 +49,11 @@ def hint(failure: Failure) -> str:
 def _wrong_usage(error: typer.TyperException) -> Failure:
     message = printable_line(error.format_message()).rstrip(".")
     context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
+    if hasattr(error, "possibilities") and isinstance(option, str) and context is not None:
+        message = f"No such option: {printable_line(option)}"
+        near = near_miss(option, [o for each in context.command.params for o in (*each.opts, *each.secondary_opts)])
+        message += f". Did you mean {near}?" if near else ""
     where = context.command_path if context is not None else "localmoe"
     stop = "" if message.endswith("?") else "."
     return Failure("usage", f"{message}{stop} See {where} --help", error.exit_code)

@@ -12,13 +12,14 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.styles import Style
 
 from localmoe import store
 from localmoe.cli import streams
 from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from prompt_toolkit.completion import CompleteEvent
     from prompt_toolkit.key_binding import KeyPressEvent
@@ -28,9 +29,10 @@ _TAKE_A_FILE = ("/file", "/save", "/load", "/export")
 
 
 class LineEditor:
-    """Reads the user's lines. Enter sends, Alt-Enter begins a new line, a pasted text keeps its lines."""
+    """Reads the user's lines, with `status` under them where the terminal can. Enter sends, Alt-Enter begins a new
+    line, a pasted text keeps its lines."""
 
-    def __init__(self, commands: Sequence[str] = ()) -> None:
+    def __init__(self, commands: Sequence[str] = (), status: Callable[[], str] | None = None) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=_history(),
             key_bindings=_bindings(),
@@ -38,6 +40,8 @@ class LineEditor:
             complete_while_typing=False,
             enable_open_in_editor=True,  # Ctrl-X Ctrl-E
             prompt_continuation="... ",
+            bottom_toolbar=status,  # not on a dumb terminal, where the session is a plain line
+            style=Style.from_dict({"bottom-toolbar": "noreverse" if os.environ.get("NO_COLOR") else "noreverse dim"}),
         )
 
     def read(self, draft: str = "") -> str | None:
@@ -80,6 +84,9 @@ class _Completer(Completer):
         command, space, argument = document.text_before_cursor.partition(" ")
         if not space and command.startswith("/"):
             yield from (Completion(c, start_position=-len(command)) for c in self._commands if c.startswith(command))
+        elif command == "/model":
+            names = [f"{each.name}:{each.recipe}" for each in store.list_artifacts() if each.complete]
+            yield from (Completion(n, start_position=-len(argument)) for n in names if n.startswith(argument))
         elif command in _TAKE_A_FILE:
             inner = Document(argument, len(argument))
             for found in self._paths.get_completions(inner, complete_event):

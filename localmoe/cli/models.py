@@ -13,7 +13,7 @@ from localmoe.cli.sanitize import printable_line
 from localmoe.errors import VerificationError
 
 if TYPE_CHECKING:
-    from localmoe.hub import KnownModel, OnProgress, Progress, VerifyReport
+    from localmoe.hub import KnownModel, ModelRef, OnProgress, Progress, PullReport, VerifyReport
     from localmoe.store import Artifact, Resolved
 
 _PULL_KEYS = "name, repo, commit, path, size_bytes, received_bytes, files [{name, size_bytes, state}]"
@@ -26,7 +26,7 @@ _VERIFY_KEYS = "model, path, checked, checked_bytes, unrecorded [file]"
 
 
 def pull(
-    model: options.Model,
+    model: options.NamedModel,
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="R", help="A branch, tag or commit.  [default: main]")
     ] = None,
@@ -38,15 +38,7 @@ def pull(
     What an interrupted download left is used; what is damaged is fetched again. Honours HF_ENDPOINT, HF_TOKEN,
     HF_HOME and HF_HUB_OFFLINE.
     """
-    from localmoe import hub
-    from localmoe.cli.render import progress_bar
-
-    ref = store.parse_ref(model)
-    try:
-        with progress_bar("pull") as advance:
-            report = hub.pull(ref, revision=revision, progress=_passed_to(advance))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; what is here is kept, and the same command goes on from there") from None
+    report = fetch(store.parse_ref(model), revision)
     if as_json:
         record = asdict(report) | {"path": str(report.path), "size_bytes": report.size_bytes}
         streams.write_json(record)
@@ -59,6 +51,18 @@ def pull(
         f"in {printable_line(report.path)}\n"
         f"next: localmoe quantize {report.name}\n"
     )
+
+
+def fetch(ref: ModelRef, revision: str | None = None) -> PullReport:
+    """Pull with a progress bar. Ctrl-C loses nothing."""
+    from localmoe import hub
+    from localmoe.cli.render import progress_bar
+
+    try:
+        with progress_bar("pull") as advance:
+            return hub.pull(ref, revision=revision, progress=_passed_to(advance))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; what is here is kept, and the same command goes on from there") from None
 
 
 def list_models(
@@ -91,7 +95,7 @@ def list_models(
 
 
 def remove(
-    model: options.Model,
+    model: options.NamedModel,
     everything: Annotated[bool, typer.Option("--all", help="Delete all artifacts of this name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_RM_KEYS))] = False,
     debug: options.Debug = False,

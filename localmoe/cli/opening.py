@@ -14,20 +14,37 @@ if TYPE_CHECKING:
 
     from localmoe.cli.options import Machine
     from localmoe.engine import Engine
+    from localmoe.offload.counts import ExpertCounts
     from localmoe.store import Resolved
 
 
-def open_engine(model: str, machine: Machine) -> tuple[Resolved, Engine]:
+def open_engine(model: str, machine: Machine, *, yes: bool = False) -> tuple[Resolved, Engine]:
     """The model and its engine, which the caller closes. Says on standard error what takes time."""
-    resolved = locate(model)
+    resolved = find(model, machine, yes=yes)
+    return resolved, open_found(resolved, machine)
+
+
+def find(model: str, machine: Machine, *, yes: bool = False) -> Resolved:
+    """As `locate`, but what is not here is downloaded first if the user, asked or by `yes`, agrees."""
+    try:
+        return locate(model)
+    except ModelNotFoundError as error:
+        from localmoe.cli.first_run import bring
+
+        bring(model, machine, error, yes=yes)
+        return locate(model)
+
+
+def open_found(resolved: Resolved, machine: Machine) -> Engine:
+    """The engine of a model that was found."""
     streams.passing_remark(f"loading {label(resolved)} ...")
     try:
-        return resolved, load_engine(resolved.path, machine)
+        return load_engine(resolved.path, machine)
     finally:
         streams.passing_remark("")
 
 
-def load_engine(path: Path, machine: Machine) -> Engine:
+def load_engine(path: Path, machine: Machine, counts: ExpertCounts | None = None) -> Engine:
     """The only place where the command line meets torch; tests put their own engine here."""
     from localmoe.load import load
 
@@ -41,6 +58,8 @@ def load_engine(path: Path, machine: Machine) -> Engine:
         ctx=machine.context,
         cache_dtype=machine.cache_dtype,
         mtp=machine.mtp,
+        deterministic=machine.deterministic,
+        counts=counts,
     )
 
 

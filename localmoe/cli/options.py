@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
+from localmoe.cli import model_argument
+from localmoe.cli.values import CACHE_DTYPES, DEVICES, TIERS, check_choice
+from localmoe.cli.values import check_sampling as check_sampling
+from localmoe.cli.values import parse_size as parse_size
 from localmoe.errors import UsageError
 
-DEVICES = ("auto", "cpu", "cuda")
-TIERS = ("auto", "reference", "portable", "avx2", "avxvnni", "avx512")
-CACHE_DTYPES = ("auto", "bf16", "int8", "float32")
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _MOST_BIAS = 1e4
-_UNITS = {"B": 1} | {
-    prefix + suffix: base ** (power + 1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-    for power, prefix in enumerate("KMGT")
-}
 
+_MODEL_HELP = "A name known to localmoe, a hub repo id, or a directory. A name or id may end in :RECIPE or :source."
+NamedModel = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", show_default=False, help=_MODEL_HELP, callback=model_argument.meant),
+]
+"""MODEL where leaving it out would be rash: what downloads, writes or deletes."""
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="A name known to localmoe, a hub repo id, or a directory. A name or id may end in :RECIPE or :source.",
+        help=_MODEL_HELP + " Without it the config file's.",
+        callback=model_argument.meant,
+        default_factory=model_argument.configured,
     ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
@@ -69,11 +71,17 @@ Mtp = Annotated[
 ]
 Deterministic = Annotated[
     bool,
-    typer.Option("--deterministic", help="Freeze where experts are placed. On the CPU they never move."),
+    typer.Option("--deterministic", help="Freeze where experts are placed: on a card, too, a seed gives one text."),
 ]
 Think = Annotated[
     bool | None,
     typer.Option("--think/--no-think", show_default=False, help="Let the model think first, where its template can."),
+]
+Yes = Annotated[
+    bool, typer.Option("-y", "--yes", help="Download and quantize a model that is not here without asking.")
+]
+ExplainSpeed = Annotated[
+    bool, typer.Option("--explain-speed", help="Then show on stderr where a token's time went, and what would help.")
 ]
 # main() looks for this flag itself, before parsing, so that it also covers what parsing raises.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -160,6 +168,7 @@ class Machine:
     context: int | None = None
     cache_dtype: str = "auto"
     mtp: int | None = 0  # None: as many as pay
+    deterministic: bool = False
 
 
 def parse_mtp(text: str) -> int | None:
@@ -177,8 +186,7 @@ def machine(
     """The common options, as typed, put together. Raises UsageError naming the option that is wrong."""
     choices = (("--device", device, DEVICES), ("--kernels", kernels, TIERS), ("--cache-dtype", cache, CACHE_DTYPES))
     for option, value, known in choices:
-        if value not in known:
-            raise UsageError(f"{option}: {value!r} is not one of {', '.join(known)}")
+        check_choice(value, known, option)
     return Machine(device, kernels, threads, parse_size(vram, "--vram"), parse_size(ram, "--ram"), ctx, cache)
 
 
@@ -200,24 +208,6 @@ class SamplingFlags:
         for name, value in values.items():
             check_sampling(name, value, "--temp" if name == "temperature" else f"--{name.replace('_', '-')}")
         return values
-
-
-def check_sampling(name: str, value: object, where: str) -> None:
-    """Raises UsageError when `value` makes no sense for the sampling setting `name`; `where` says who set it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UsageError(f"{where}: {value!r} is not a number")
-    if name == "temperature" and value < 0:
-        raise UsageError(f"{where}: a temperature is at least 0, not {value}")
-    if name == "top_p" and not 0 < value <= 1:
-        raise UsageError(f"{where}: a probability above 0 and up to 1 is needed, not {value}")
-    if name == "min_p" and not 0 <= value <= 1:
-        raise UsageError(f"{where}: a probability from 0 to 1 is needed, not {value}")
-    if name == "top_k" and (value < 0 or value != int(value)):
-        raise UsageError(f"{where}: a whole number from 0 on is needed, not {value}")
-    if name == "repetition_penalty" and not 0 < value <= 100:
-        raise UsageError(f"{where}: a number above 0 and up to 100 is needed, 1 is off; not {value}")
-    if name in ("presence_penalty", "frequency_penalty") and abs(value) > 100:
-        raise UsageError(f"{where}: a number from -100 to 100 is needed, 0 is off; not {value}")
 
 
 def parse_bias(entries: list[str] | None) -> dict[int, float]:
@@ -245,17 +235,3 @@ def check_stop(words: list[str] | None) -> None:
     """Raises UsageError for an empty stop text, which would stop at once."""
     if words and "" in words:
         raise UsageError("--stop: an empty text would stop at once")
-
-
-def parse_size(text: str | None, option: str) -> int | None:
-    """Bytes in a size written `12GiB` (1024-based) or `12GB` (1000-based). Raises UsageError naming `option`."""
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{option}: {text!r} is not a size; write it as 12GiB or 12GB")
-    number, unit = match.groups()
-    size = int(float(number) * _UNITS[unit])
-    if size == 0:
-        raise UsageError(f"{option}: a size is more than 0 bytes, not {text}")
-    return size

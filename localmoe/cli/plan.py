@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +11,7 @@ from localmoe import store
 from localmoe.cli import options, streams, units
 from localmoe.cli.opening import label
 from localmoe.cli.sanitize import printable_line
+from localmoe.cli.values import check_choice
 from localmoe.errors import CheckpointError, DeviceError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -80,10 +81,25 @@ def plan(
         streams.write(_text(name, subject, machine, budgets, result))
 
 
+def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple[Subject, Machine, Plan, bool]:
+    """(model, machine, plan, whether the files run as they are stored) of a source whose config.json is `config` and
+    which `recipe` would quantize, on the card that loading it would take. Raises as the command does, and as loading
+    does for a card that is missing."""
+    from localmoe.offload.device import choose_card
+    from localmoe.offload.plan import make_plan
+
+    card = choose_card(wanted.device, wanted.vram)
+    wanted = replace(wanted, device="cpu" if card is None else "cuda", vram=None if card is None else card.vram)
+
+    subject, as_stored = _subject(_Target("", config, recipe), wanted.cache_dtype)
+    machine, budgets = _surroundings(wanted)
+    return subject, machine, make_plan(subject, machine, budgets), as_stored
+
+
 def _find(model: str, flag: str | None) -> _Target:
     """Raises UsageError for a recipe that contradicts the model, ModelNotFoundError, HubError."""
-    if flag is not None and flag not in store.RECIPES:
-        raise UsageError(f"--recipe: {flag!r} is not one of {', '.join(store.RECIPES)}")
+    if flag is not None:
+        check_choice(flag, store.RECIPES, "--recipe")
     ref = store.parse_ref(model)
     if ref.directory is not None:
         resolved = store.resolve(model)

@@ -13,24 +13,32 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def assemble(prompt: str | None, files: Sequence[Path], *, may_be_empty: bool = False) -> str:
+def assemble(
+    prompt: str | None,
+    files: Sequence[Path],
+    *,
+    may_be_empty: bool = False,
+    needed: bool = True,
+    reads_input: bool = True,
+) -> str:
     """The whole prompt: `prompt`, a newline, each file under its name, then standard input less one final newline.
 
     Standard input is read only when it is not a terminal, so nothing waits for typing that nobody announced.
     Raises UsageError when there is nothing to ask and nobody to ask for it, InputError naming the place of the
-    first byte that is not UTF-8, or when everything given is empty (unless `may_be_empty`).
+    first byte that is not UTF-8, or when everything given is empty (unless `may_be_empty`). Where no
+    text is `needed`, none is missed; unless it `reads_input`, standard input is left to others.
     """
-    interactive = streams.is_terminal(sys.stdin)
-    if prompt is None and not files and interactive:
+    interactive = not reads_input or streams.is_terminal(sys.stdin)
+    if needed and prompt is None and not files and interactive:
         raise UsageError("nothing to ask: give a PROMPT, a file with -f, or text on standard input")
-    parts = [] if prompt is None else [_argument(prompt)]
+    parts = [] if prompt is None else [argument(prompt)]
     parts += [fenced(path) for path in files]
     if not interactive:
         piped = decode(streams.read_input(), "standard input")
         if piped:
             parts.append(piped.removesuffix("\n"))
     text = "\n".join(parts)
-    if not text and not (may_be_empty and prompt is not None):
+    if needed and not text and not (may_be_empty and prompt is not None):
         raise InputError("the prompt is empty: give a PROMPT, a file with -f, or text on standard input")
     return text
 
@@ -54,7 +62,8 @@ def read_file(path: Path) -> str:
     return decode(data, str(path))
 
 
-def _argument(text: str) -> str:
+def argument(text: str) -> str:
+    """A text given as an argument. Raises InputError where it is not UTF-8."""
     # Python hides bytes that are not UTF-8 in an argument behind lone surrogates, which no tokenizer takes.
     return decode(text.encode("utf-8", "surrogateescape"), "PROMPT")
 

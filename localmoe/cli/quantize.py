@@ -12,6 +12,7 @@ import typer
 from localmoe import store
 from localmoe.cli import options, prompt, streams, units
 from localmoe.cli.sanitize import printable_line
+from localmoe.cli.values import check_choice
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _WORST = 3
 
 
 def quantize(
-    model: options.Model,
+    model: options.NamedModel,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="DIR", help="Where to put it.  [default: localmoe's own store]"),
@@ -123,31 +124,23 @@ def make_artifact(
 
 def _recipe(ref: ModelRef, flag: str | None) -> str:
     ending = None if ref.ending == "source" else ref.ending
-    if flag is not None and flag not in store.RECIPES:
-        raise UsageError(f"--recipe: {flag!r} is not one of {', '.join(store.RECIPES)}")
+    if flag is not None:
+        check_choice(flag, store.RECIPES, "--recipe")
     if flag is not None and ending is not None and flag != ending:
         raise UsageError(f"--recipe {flag} contradicts the ending of {ref.name}:{ending}; give one of them")
     return flag or ending or "balanced"
 
 
 def _grid(text: str) -> Literal["mse", "absmax"]:
-    if text == "mse":
-        return "mse"
-    if text == "absmax":
-        return "absmax"
-    raise UsageError(f"--grid: {text!r} is not one of mse, absmax")
+    check_choice(text, ("mse", "absmax"), "--grid")
+    return "mse" if text == "mse" else "absmax"
 
 
 def _method(text: str | None, calibrated: bool) -> Literal["rtn", "gptq", "auto"]:
     if text is None:
         return "auto" if calibrated else "rtn"
-    if text == "rtn":
-        return "rtn"
-    if text == "gptq":
-        return "gptq"
-    if text == "auto":
-        return "auto"
-    raise UsageError(f"--method: {text!r} is not one of rtn, gptq, auto")
+    check_choice(text, ("rtn", "gptq", "auto"), "--method")
+    return "rtn" if text == "rtn" else "gptq" if text == "gptq" else "auto"
 
 
 def _source(ref: ModelRef) -> Path:

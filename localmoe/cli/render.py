@@ -39,7 +39,7 @@ _LONGEST_LINE = 500
 
 
 @contextmanager
-def progress_bar(title: str, *, counts: Literal["bytes", "tokens"] = "bytes") -> Iterator[Advance]:
+def progress_bar(title: str, *, counts: Literal["bytes", "tokens", "lines"] = "bytes") -> Iterator[Advance]:
     """What is done and the time left, for bytes the rate too, on standard error while the block runs; nothing when
     that is not a terminal."""
     if not streams.is_terminal(sys.stderr):
@@ -61,12 +61,13 @@ def progress_bar(title: str, *, counts: Literal["bytes", "tokens"] = "bytes") ->
         TextColumn("{task.fields[item]}", markup=False, table_column=one_line),
         console=console,
         transient=True,
+        redirect_stdout=False,  # which may be a pipe, and no business of the bar's
     )
     with bar:
         task = bar.add_task("", total=None, item="")
 
         def advance(done: int, total: int, item: str) -> None:
-            bar.update(task, completed=done, total=total, item=_tail(printable_line(item), item_width))
+            bar.update(task, completed=done, total=total or None, item=_tail(printable_line(item), item_width))
 
         yield advance
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import options, prompt, settings, streams
+from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams
 from localmoe.cli.answer import Answer, Request, collect, guesses
 from localmoe.cli.failure import INTERRUPTED, Failure, describe
 from localmoe.cli.kept import Kept, turns_to_drop
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
-    from typing import TextIO
+    from typing import BinaryIO, TextIO
 
     from localmoe.cli.conversation import Conversation
     from localmoe.engine import Engine
@@ -27,7 +27,8 @@ _JSON_KEYS = (
     "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, reused_tokens (found in a "
     "session), completion_tokens, prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter "
     "(mtp, lookup), drafts (at a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with "
-    "--logprobs also logprobs [{id, text, logprob, top [{id, text, logprob}]}], thinking included"
+    "--logprobs also logprobs [{id, text, logprob, top [{id, text, logprob}]}], thinking included, with "
+    "--explain-speed also " + speed.KEYS
 )
 
 
@@ -39,6 +40,18 @@ def run(
     file: Annotated[
         list[Path] | None,
         typer.Option("-f", "--file", metavar="FILE", show_default=False, help="Add a text file. May be repeated."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", metavar="NAME", help="Fill in a saved prompt (localmoe templates) with the rest."),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", metavar="NAME=VALUE", show_default=False, help="What {NAME} is in the template."),
+    ] = None,
+    jsonl: Annotated[
+        str | None,
+        typer.Option("--jsonl", metavar="FILE|-", help="Answer many prompts, one JSON text or object a line."),
     ] = None,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
@@ -94,6 +107,8 @@ def run(
     cache_dtype: options.CacheDtype = "auto",
     mtp: options.Mtp = "0",
     deterministic: options.Deterministic = False,
+    explain_speed: options.ExplainSpeed = False,
+    yes: options.Yes = False,
     debug: options.Debug = False,
 ) -> None:
     """Ask MODEL one thing and print its answer, alone, on standard output.
@@ -102,29 +117,41 @@ def run(
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
     --schema, --grammar and --choice hold the answer (not the thinking) to a form; status 1 when it was cut off.
     With --session NAME the question follows what was said under that name, and the answer is kept with it.
+
+    With --jsonl each line is a JSON text or an object: prompt or messages, and if wanted id, system, params, seed,
+    stop, think, max_tokens, temperature and the like. Each answer is an object with line, id and the keys of --json
+    but model, in the order of the lines, written when it is done; what is wrong with a line is an object with error,
+    the others go on, and the exit status is 1 at the end. PROMPT, files and a template stand above every line.
     """
+    model, prompt_text = model_argument.with_prompt(model, prompt_text)
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
     flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
-    machine = replace(machine, mtp=options.parse_mtp(mtp))
-    if raw and session is not None:
-        raise UsageError("--session keeps a conversation, and --raw goes without one")
+    machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
+    if session is not None and (raw or jsonl is not None):
+        raise UsageError("--session keeps a conversation, and --raw and --jsonl go without one")
     if raw and (system is not None or think is not None or show_thinking or think_to is not None):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
-    if logprobs is not None and not as_json:
+    if logprobs is not None and not as_json and jsonl is None:
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
-    constraint = _constraint(schema, grammar, choice)
     options.check_when_full(when_full)
-    question = prompt.assemble(prompt_text, file or [], may_be_empty=raw)
+    constraint = _constraint(schema, grammar, choice)
+    form = asking.form(raw, system, template, param)
+    if jsonl is not None and (as_json or think_to is not None or show_thinking):
+        raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
+    text = prompt.assemble(
+        prompt_text, file or [], may_be_empty=raw, needed=form.needs_text and jsonl is None, reads_input=jsonl is None
+    )
+    asked = "" if jsonl is not None else form.ask(text)
+    lines = None if jsonl is None else batch.open_lines(jsonl)  # a wrong path is said before the work
 
     from localmoe.cli.opening import label, open_engine
 
     thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
     with Kept.open(session) as kept:
-        conversation = kept.conversation(system)
-        resolved, engine = open_engine(model, kept.machine(machine))
+        resolved, engine = open_engine(model, kept.machine(machine), yes=yes)
         with engine:
             kept.restore(engine, label(resolved))
             request = Request(
@@ -132,29 +159,49 @@ def run(
                 max_tokens=max_tokens,
                 seed=seed,
                 stop=stop or (),
-                thinking=think,
+                thinking=None if raw else settings.thinking(think, "run", engine, form.wishes_thinking),
                 logit_bias=bias,
                 top_logprobs=logprobs,
                 constraint=constraint,
             )
             request = kept.request(request)
-            if kept.name is not None:
-                _make_room(engine, conversation, question, think, kept.name, when_full)
+            if lines is not None:
+                _answer_lines(engine, lines, batch.Shared(text, form, request, _record))
+                return
+            turn = _Turn.of(kept, asked)
+            if turn is not None:
+                asked = turn.messages(engine, request.thinking, when_full)
             printer = _Printer(answer=not as_json, thinking=show_thinking)
-            asked: str | list[Message] = question if raw else conversation.asking(question)
-            answer = collect(engine, asked, request, printer.show, reuse_prefix=kept.name is not None)
+            timed = speed.timer(engine) if explain_speed else None
+            answer = collect(engine, asked, request, printer.show, timed=timed, reuse_prefix=turn is not None)
             printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
-            failure = _unmet(answer) or _keep(kept, engine, label(resolved), conversation, question, answer, request)
+            failure = _unmet(answer) or (turn and turn.keep(engine, label(resolved), answer, request))
             if thoughts is not None:
                 _write_thinking(think_to, thoughts, answer.thinking)
+            why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
             if as_json:
-                streams.write_json(_as_json(label(resolved), answer, failure))
+                explained = {key: speed.as_json(value) for key, value in why.items()}
+                wrong = {} if failure is None else {"error": {"kind": failure.kind, "message": failure.message}}
+                streams.write_json({"model": label(resolved), **_record(answer)} | explained | wrong)
             streams.remark(statistics(answer, engine.max_context))
+            if why and not as_json:
+                speed.tell(why["speed"])
     if failure is not None:
         streams.tell(f"localmoe: {failure.message}")
         raise typer.Exit(failure.exit_code)
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _answer_lines(engine: Engine, lines: tuple[BinaryIO, int], shared: batch.Shared) -> None:
+    with lines[0] as file:
+        tally = batch.answer_lines(engine, file, lines[1], shared)
+    streams.remark(str(tally))
+    if tally.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if tally.failed:
+        streams.tell(f"localmoe: {tally.failed} of {tally.done} lines failed; their objects have an error")
+        raise typer.Exit(1)
 
 
 def _open_for_thinking(path: Path) -> TextIO:
@@ -186,39 +233,54 @@ def _unmet(answer: Answer) -> Failure | None:
     return Failure("grammar", f"the answer does not fulfil what was asked of it: {why}{more}", 1)
 
 
-def _make_room(
-    engine: Engine, conversation: Conversation, question: str, thinking: bool | None, name: str, when_full: str | None
-) -> None:
-    """Let go of a session's oldest turns where it no longer fits, if that was asked for."""
-    used = len(engine.prompt_ids(conversation.asking(question), thinking=thinking))
-    if used < engine.max_context:
-        return
-    count = turns_to_drop(engine, conversation, question, thinking)
-    full = f"session {name} and the prompt have {used:,} tokens and the context holds {engine.max_context:,}"
-    if not count:
-        raise ContextOverflowError(f"{full}; even alone the prompt is too long: shorten it")
-    if when_full != "drop":
-        raise ContextOverflowError(
-            f"{full}; --when-full drop lets go of the oldest {count} of {len(conversation.turns)} turns"
-        )
-    conversation.drop_oldest(count)
-    streams.remark(f"the context is full: dropped the oldest {count} turns, {len(conversation.turns)} are left")
+class _Turn:
+    """A session's next turn."""
 
+    def __init__(self, kept: Kept, conversation: Conversation, question: str) -> None:
+        self._kept = kept
+        self._conversation = conversation
+        self._question = question
 
-def _keep(
-    kept: Kept, engine: Engine, name: str, conversation: Conversation, question: str, answer: Answer, request: Request
-) -> Failure | None:
-    """Write the session with its new turn; what went wrong, if something did. An answer that was interrupted is asked
-    for again, so it is no turn."""
-    if kept.name is None or answer.finish_reason == "interrupted" or not answer.text:
+    @classmethod
+    def of(cls, kept: Kept, asked: str | list[Message]) -> _Turn | None:
+        """What is asked, after what was said before; None where nothing is kept."""
+        if kept.name is None or isinstance(asked, str):
+            return None
+        system = asked[0]["content"] if asked[0]["role"] == "system" else None
+        return cls(kept, kept.conversation(system), asked[-1]["content"])
+
+    def messages(self, engine: Engine, thinking: bool | None, when_full: str | None) -> list[Message]:
+        """The whole conversation, without its oldest turns where it no longer fits and that was asked for.
+
+        Raises ContextOverflowError where it does not fit.
+        """
+        conversation, question = self._conversation, self._question
+        used = len(engine.prompt_ids(conversation.asking(question), thinking=thinking))
+        if used < engine.max_context:
+            return conversation.asking(question)
+        count = turns_to_drop(engine, conversation, question, thinking)
+        name, turns = self._kept.name, len(conversation.turns)
+        full = f"session {name} and the prompt have {used:,} tokens and the context holds {engine.max_context:,}"
+        if not count:
+            raise ContextOverflowError(f"{full}; even alone the prompt is too long: shorten it")
+        if when_full != "drop":
+            raise ContextOverflowError(f"{full}; --when-full drop lets go of the oldest {count} of {turns} turns")
+        conversation.drop_oldest(count)
+        streams.remark(f"the context is full: dropped the oldest {count} turns, {turns - count} are left")
+        return conversation.asking(question)
+
+    def keep(self, engine: Engine, name: str, answer: Answer, request: Request) -> Failure | None:
+        """Write the session with this turn; what went wrong, if something did. An answer that was interrupted is asked
+        for again, so it is no turn."""
+        if answer.finish_reason == "interrupted" or not answer.text:
+            return None
+        self._conversation.add(self._question, answer.text)
+        seed = None if request.seed is None else (request.seed + 1) % (1 << 63)
+        try:
+            self._kept.save(engine, name, self._conversation, replace(request, seed=seed))
+        except LocalMoeError as error:
+            return describe(error)
         return None
-    conversation.add(question, answer.text)
-    seed = None if request.seed is None else (request.seed + 1) % (1 << 63)
-    try:
-        kept.save(engine, name, conversation, replace(request, seed=seed))
-    except LocalMoeError as error:
-        return describe(error)
-    return None
 
 
 def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
@@ -248,11 +310,9 @@ def statistics(answer: Answer, max_context: int) -> str:
     return " · ".join(parts)
 
 
-def _as_json(model: str, answer: Answer, failure: Failure | None) -> dict[str, Any]:
-    error = {} if failure is None else {"error": {"kind": failure.kind, "message": failure.message}}
+def _record(answer: Answer) -> dict[str, Any]:
     logprobs = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
     return {
-        "model": model,
         "text": answer.text,
         "thinking": answer.thinking or None,
         "finish_reason": answer.finish_reason,
@@ -264,7 +324,6 @@ def _as_json(model: str, answer: Answer, failure: Failure | None) -> dict[str, A
         "decode_tokens_per_second": answer.decode_tokens_per_second,
         "speculation": None if answer.speculation is None else _speculation(answer.speculation),
         **logprobs,
-        **error,
     }
 
 

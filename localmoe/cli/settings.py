@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.cli.options import check_sampling
+from localmoe.cli import config_file
+from localmoe.cli.values import check_sampling
 from localmoe.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    from localmoe.engine import Engine
 
 GREEDY: dict[str, float] = {
     "temperature": 0.0,
@@ -25,41 +26,27 @@ GREEDY: dict[str, float] = {
 _IN_CHECKPOINTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 
 
-def user_config_path() -> Path:
-    """`$XDG_CONFIG_HOME/localmoe/config.toml`; the XDG rules ignore a relative XDG_CONFIG_HOME."""
-    base = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".config") / "localmoe" / "config.toml"
-
-
-def user_sampling() -> dict[str, float]:
-    """The `[sampling]` table of the user's config, empty without one. Raises UsageError naming what is wrong."""
-    path = user_config_path()
-    try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    unknown = sorted(config.keys() - {"sampling"})
-    if unknown:
-        raise UsageError(f"{path}: {unknown[0]!r} is not a setting; only [sampling] is")
-    table = config.get("sampling", {})
-    if not isinstance(table, dict):
-        raise UsageError(f"{path}: sampling is not a table; write [sampling] on a line of its own")
-    for name, value in table.items():
-        if name not in GREEDY:
-            raise UsageError(f"{path}: [sampling] has no setting {name!r}; it has {', '.join(GREEDY)}")
-        check_sampling(name, value, f"{path}: [sampling] {name}")
-    return table
-
-
 def sampling(flags: Mapping[str, float], name: str, checkpoint: Mapping[str, float]) -> dict[str, float]:
     """Every sampling setting for the model `name`, each from the first place that has it.
 
     `flags` are those given on the command line, `checkpoint` what generation_config.json advises.
     """
-    chosen = GREEDY | dict(checkpoint) | advised(name) | user_sampling() | dict(flags)
+    chosen = GREEDY | dict(checkpoint) | advised(name) | config_file.read().sampling | dict(flags)
     return chosen | {"top_k": int(chosen["top_k"])}
+
+
+def thinking(flag: bool | None, command: str, engine: Engine, wish: bool | None = None) -> bool | None:
+    """Whether to think: the flag, else a wish, else the config file's, where this model's template can be asked."""
+    template = engine.chat_template
+    if flag is not None or template is None or not template.switches_thinking:
+        return flag
+    return config_file.read().value(command, "think") if wish is None else wish
+
+
+def system(flag: str | None, command: str) -> str | None:
+    """The system prompt: the flag, else the config file's."""
+    text: str | None = config_file.read().value(command, "system") if flag is None else flag
+    return text
 
 
 def as_text(sampling: Mapping[str, float]) -> str:

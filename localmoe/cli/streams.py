@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import termios
 from typing import TYPE_CHECKING, Any
 
 from localmoe.cli.sanitize import printable
@@ -133,6 +134,23 @@ def ending_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_echo() -> Iterator[None]:
+    """Keep what is typed, Ctrl-C's ^C too, from being drawn into what is being shown; it waits for the next prompt."""
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (termios.error, OSError, ValueError, TypeError):  # no terminal
+        yield
+        return
+    changed = [*before]
+    changed[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def silence_output() -> None:

@@ -62,6 +62,19 @@ class PullReport:
         return sum(file.size_bytes for file in self.files)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a pull would do: `missing_bytes` of `size_bytes` are to come into `directory`, the hub's cache. `begun`
+    tells whether an earlier pull left some of the weights."""
+
+    repo: str
+    config: Path
+    directory: Path
+    size_bytes: int
+    missing_bytes: int
+    begun: bool
+
+
 def pull(ref: ModelRef, *, revision: str | None = None, progress: OnProgress | None = None) -> PullReport:
     """Download `ref`'s source, or check it if it is here, and repair what is damaged.
 
@@ -110,6 +123,23 @@ def pull_config(ref: ModelRef) -> Path:
         raise HubError(f"HF_HUB_OFFLINE is set and the {CONFIG} of {repo} is not here: unset it to fetch that")
     with _quiet_hub():
         return _Pull(ref.name, ask_hub(repo, constants.DEFAULT_REVISION), None).config()
+
+
+def survey(ref: ModelRef) -> Survey:
+    """Ask the hub what a pull of `ref` would bring; config.json and the index are fetched, no weights.
+
+    Raises as `pull` does before its weights: UnsupportedModelError, HubError, StorageError, VerificationError.
+    """
+    refuse_unsupported(ref.name)
+    repo = repo_of(ref.name)
+    if repo is None:
+        raise ModelNotFoundError(f"{ref.name} is not a repository of the hub")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"HF_HUB_OFFLINE is set and {repo} is not complete here: unset it to download")
+    with _quiet_hub():
+        return _Pull(ref.name, ask_hub(repo, constants.DEFAULT_REVISION), None).survey()
 
 
 def _check_only(name: str, repo: str | None, path: Path, progress: OnProgress | None) -> PullReport:
@@ -189,14 +219,29 @@ class _Pull:
         repo, commit = self._listing.repo, self._listing.commit
         return PullReport(self._name, repo, commit, self._snapshot, tuple(done), received)
 
-    def config(self) -> Path:
-        """Fetch config.json and nothing else: the snapshot stays incomplete until a pull."""
+    def config(self, *others: str) -> Path:
+        """Fetch config.json and the `others`, if they are listed: the snapshot stays incomplete until a pull."""
         with hub_errors(self._listing.repo, self._listing.revision, f"while writing to {self._directory}"):
             self._snapshot.mkdir(parents=True, exist_ok=True)
         for file in self._listing.files:
-            if file.name == CONFIG:
+            if file.name in (CONFIG, *others):
                 self._ensure(file)
         return self._snapshot / CONFIG
+
+    def survey(self) -> Survey:
+        """What `run` would do, after `config`."""
+        config = self.config(cache.INDEX)
+        self._check_supported()
+        weights = self._weights()
+        files = [*(file for file in self._listing.files if not file.is_weights), *weights]
+        return Survey(
+            repo=self._listing.repo,
+            config=config,
+            directory=cache.root(),
+            size_bytes=sum(file.size for file in files),
+            missing_bytes=self._missing(files),
+            begun=self._missing(weights) < sum(file.size for file in weights),
+        )
 
     def _check_supported(self) -> None:
         """Refuse an architecture we do not run before its weights are fetched. Raises UnsupportedModelError."""
@@ -221,14 +266,19 @@ class _Pull:
         return [listed[name] for name in wanted]
 
     def _check_space(self, weights: Sequence[RemoteFile]) -> None:
-        needed = sum(file.size for file in weights if self._held(file) is None)
-        needed -= sum(path.stat().st_size for file in weights if (path := self._partial(file)).exists())
+        needed = self._missing(weights)
         free = shutil.disk_usage(self._directory).free
         if needed > free:
             raise StorageError(
                 f"{self._name} needs {needed / 1e9:.1f} GB more at {cache.root()} and {free / 1e9:.1f} GB is free: "
                 "free some space, or set HF_HOME to a bigger disk"
             )
+
+    def _missing(self, files: Sequence[RemoteFile]) -> int:
+        """Bytes of these that are not here."""
+        missing = {file.digest: file for file in files if self._held(file) is None}  # equal files share one blob
+        held = sum(path.stat().st_size for file in missing.values() if (path := self._partial(file)).exists())
+        return sum(file.size for file in missing.values()) - held
 
     def _ensure_all(self, files: Sequence[RemoteFile]) -> list[PulledFile]:
         # Files of the same content share one blob, so only the first of them is a download of its own.

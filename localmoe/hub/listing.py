@@ -6,6 +6,7 @@ alphabet it may have, and a repository with a name that could leave its director
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from localmoe.errors import HubError, StorageError, UnsupportedModelError, UsageError
 from localmoe.hub.cache import INDEX, is_digest
-from localmoe.hub.names import is_file_name, printable
+from localmoe.hub.names import is_file_name, printable, registry
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -137,7 +138,9 @@ def hub_errors(repo: str, revision: str, doing: str = "") -> Iterator[None]:
             f"{repo} is gated: accept its terms at {endpoint}/{repo} and set HF_TOKEN to a token of that account"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise HubError(f"{endpoint} has no model {repo} (or it is private: then set HF_TOKEN)") from error
+        near = difflib.get_close_matches(repo, [known.repo for known in registry().values() if known.repo], 1)
+        meant = f"; did you mean {near[0]}?" if near and near[0].lower() != repo.lower() else ""
+        raise HubError(f"{endpoint} has no model {repo} (or it is private: then set HF_TOKEN){meant}") from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo} has no revision {revision}") from error
     except errors.OfflineModeIsEnabled as error:

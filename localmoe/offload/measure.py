@@ -96,8 +96,12 @@ def _probes(
     yield "weights.nf4", "one token's nf4 products", partial(_one_token, kernels, "nf4", size)
     yield "many.nf4", "many tokens' nf4 products", partial(_many_tokens, kernels, "nf4")
     if facts.cache_bytes:
-        held = min(facts.cache_bytes // 2, _MANY_BYTES)
-        yield "cached", "products from the cache", partial(_one_token, kernels, "int4", held, 200)
+        yield "cached", "products from the cache", partial(from_cache, kernels, facts.cache_bytes)
+
+
+def from_cache(kernels: Kernels, cache_bytes: int) -> Figure:
+    """Bytes/s of one token's int4 products whose weights a last-level cache of this size holds."""
+    return _one_token(kernels, "int4", min(cache_bytes // 2, _MANY_BYTES), 200)
 
 
 def _one_token(kernels: Kernels, form: str, size: int, passes: int = 3) -> Figure:

@@ -2,7 +2,8 @@
 
 Run as a program it takes localmoe's own arguments. FAKE_ANSWER is what every answer says, FAKE_DELAY the seconds
 before each token, FAKE_TEMPLATE what the chat template does: "plain", "think" (ends in <think>), "switch", "none".
-FAKE_GUESSES makes it speak of guessed tokens, FAKE_TTY makes stdin its controlling terminal.
+FAKE_FAILS is a part of the path of a model that cannot be opened. FAKE_GUESSES makes it speak of guessed tokens,
+FAKE_TTY makes stdin its controlling terminal.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from localmoe.errors import ContextOverflowError, StorageError
+from localmoe.errors import CheckpointError, ContextOverflowError, StorageError
 from localmoe.sessions import read_facts
 
 
@@ -37,6 +38,7 @@ class FakeStats:
     decode_seconds: float = 0.5
     reused_tokens: int = 0
     speculation: FakeSpeculation | None = None
+    sampling_seconds: float = 0.0
 
     @property
     def fulfils_grammar(self) -> bool | None:
@@ -80,6 +82,7 @@ class FakeEngine:
     generation_defaults: dict = field(default_factory=dict)
     calls: list[dict] = field(default_factory=list)
     speculation: FakeSpeculation | None = None
+    placement: None = None
     closed: bool = False
     opened: tuple | None = None
     cache_dtype: str = "bf16"
@@ -88,6 +91,9 @@ class FakeEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.closed = True
 
     @property
@@ -140,8 +146,11 @@ class FakeEngine:
                 yield FakeStep(number, piece)
 
 
-def from_environment() -> FakeEngine:
+def from_environment(path: Path) -> FakeEngine:
+    if os.environ.get("FAKE_FAILS", "\0") in str(path):
+        raise CheckpointError(f"{path.name}: damaged")
     return FakeEngine(
+        path=path,
         answer=os.environ.get("FAKE_ANSWER", FakeEngine.answer),
         delay=float(os.environ.get("FAKE_DELAY", "0")),
         template=os.environ.get("FAKE_TEMPLATE", "plain"),
@@ -156,5 +165,5 @@ if __name__ == "__main__":
     from localmoe.cli import opening
     from localmoe.cli.app import main
 
-    opening.load_engine = lambda path, machine: from_environment()
+    opening.load_engine = lambda path, machine: from_environment(path)
     sys.exit(main())

@@ -381,6 +381,38 @@ def test_commands_of_a_conversation(sit_down, tmp_path, home):
     assert typist.wait() == 0
 
 
+def test_another_model_takes_over_and_the_conversation_goes_on(sit_down, home):
+    (home / "models/demo/compact").mkdir()
+    for name in ("config.json", "localmoe.json"):
+        text = (home / "models/demo/balanced" / name).read_text().replace("balanced", "compact")
+        (home / "models/demo/compact" / name).write_text(text)
+    typist = sit_down(FAKE_FAILS="models/demo/compact")
+    typist.say("Tell me a story")
+    typist.expect("context 8/64")
+    typist.say("/model")
+    typist.expect("demo:balanced (")
+    typist.say("/set temp 0.5")
+    typist.say("/model demo:source")
+    typist.expect("demo:source · context 64 tokens · the conversation goes on")
+    typist.say("And then?")
+    typist.expect("context 14/64")
+    typist.say("/set")
+    typist.expect("temperature 0.5")
+    typist.say("/model nothing-like-it")
+    typist.expect("no model is called 'nothing-like-it'")
+    typist.say("/model demo:compact")
+    typist.expect("compact: damaged; demo:source goes on")
+    typist.say("And?")
+    typist.expect("context 19/64")
+    typist.expect(PROMPT)
+    typist.type("/model demo:b\t")
+    typist.expect("balanced")
+    typist.type("\r")
+    typist.expect("demo:balanced · context 64 tokens")
+    typist.say("/exit")
+    assert typist.wait() == 0
+
+
 def test_a_model_that_cannot_chat_says_so_at_once(sit_down):
     typist = sit_down(FAKE_TEMPLATE="none")
     assert typist.wait() == 1

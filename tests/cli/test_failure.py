@@ -55,3 +55,37 @@ def test_a_full_disk_is_one_line(invoke, monkeypatch):
         "kind": "storage",
         "message": "No space left on device; free some space, then run the same command again",
     }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu", "demo", "Hi"], "no such command: rnu; did you mean run?"),
+        (["benhc"], "did you mean bench?"),
+        (["\x1b[31m"], "no such command: [31m; localmoe --help lists them"),
+        (["config", "lst"], "no such command: lst; did you mean list?"),
+        (["templates", "shw", "x"], "did you mean show?"),
+        (["run", "demo", "Hi", "--tepm", "1"], "No such option: --tepm. Did you mean --temp? See localmoe run --help"),
+        (["run", "demo", "Hi", "--temperature", "1"], "Did you mean --temp?"),
+        (["run", "demo", "Hi", "--ctx-size=1"], "Did you mean --ctx?"),
+        (["run", "demo", "Hi", "--no-thnik"], "Did you mean --no-think?"),
+        (["bench", "--repeat", "1"], "Did you mean --repeats?"),
+        (["run", "demo", "Hi", "--xyzzy"], "No such option: --xyzzy. See localmoe run --help"),
+        (["run", "demo", "Hi", "--device", "cdua"], "did you mean cuda?"),
+        (["run", "demo", "Hi", "--kernels", "avx-512"], "did you mean avx512?"),
+        (["run", "dmeo", "Hi"], "did you mean demo?"),
+        (["run", "demo:balancd", "Hi"], "did you mean :balanced?"),
+        (["quantize", "demo", "--recipe", "compat"], "did you mean compact?"),
+        (["plan", "demo", "--recipe", "experts"], "did you mean experts-only?"),
+        (["quantize", "demo", "--method", "gtpq"], "did you mean gptq?"),
+        (["run", "mine", "Hi"], "did you mean mined?"),
+    ],
+)
+def test_the_near_miss_is_named(invoke, engine, home, arguments, message):
+    (home / "models" / "mined" / "balanced").mkdir(parents=True)  # a model of the user's own
+    outcome = invoke(*arguments)
+    assert outcome.status in (1, 2)
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert outcome.err.rstrip("\n").isprintable()
+    assert not engine.calls

@@ -35,6 +35,10 @@ def test_version(program):
     outcome = program.run("--version", text=True)
     assert outcome.returncode == 0
     assert outcome.stdout.startswith("localmoe 0.")
+    assert "\nkernels  " in outcome.stdout
+    record = json.loads(program.run("--version", "--json", text=True).stdout)
+    assert record["kernels"] == record["tiers"][-1]
+    assert record["tiers"][0] == "portable"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,41 @@ def test_a_full_disk_at_stdout(program, arguments):
         outcome = program.run(*arguments, capture_output=False, stdin=subprocess.DEVNULL, stdout=full, stderr=-1)
     assert outcome.returncode == 1
     assert outcome.stderr.startswith(b"localmoe: standard output cannot be written: No space left on device")
+    assert outcome.stderr.count(b"\n") == 1
+
+
+def test_in_a_shell_pipe_with_head(program):
+    program.environment |= {"FAKE_ANSWER": "word " * 5000, "FAKE_CONTEXT": "100000"}
+    line = f"{' '.join(program.command)} run demo Hi </dev/null | head -c 9; echo :${{PIPESTATUS[0]}}"
+    outcome = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=30, env=program.environment)
+    assert (outcome.stdout, outcome.stderr) == ("word word:141\n", "")
+
+
+def test_timeout_leaves_what_was_generated(program):
+    program.environment |= {"FAKE_ANSWER": "one two " + "more " * 400, "FAKE_DELAY": "0.1"}
+    process = program.start("run", "demo", "Hi", stdin=subprocess.DEVNULL, stdout=-1, stderr=-1)
+    assert process.stdout.read(7) == b"one two"
+    process.terminate()  # what timeout(1) sends
+    rest, errors = process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert rest.strip() in (b"", b"more", b"more more")
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["run", "demo", "Hi"], 0), (["list"], 0), (["chat", "demo"], 2), (["run", "demo"], 1)]
+)
+def test_without_any_terminal(program, arguments, status):
+    outcome = program.run(*arguments, stdin=subprocess.DEVNULL, start_new_session=True)
+    assert outcome.returncode == status
+    assert b"\x1b" not in outcome.stdout + outcome.stderr
+    assert (outcome.stderr == b"") == (status == 0)
+
+
+def test_ten_megabytes_that_are_no_text(program):
+    outcome = program.run("run", "demo", "Hi", input=b"\0" * 10_000_000 + b"\xff")
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith(b"localmoe: standard input is not valid UTF-8 at byte 10000000 (0xff)")
     assert outcome.stderr.count(b"\n") == 1
 
 

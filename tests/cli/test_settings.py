@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.cli import settings
+from localmoe.cli import config_file, settings
 from localmoe.cli.options import parse_size
 from localmoe.errors import CheckpointError, UsageError
 
 
 def write_config(text: str) -> Path:
-    path = settings.user_config_path()
+    path = config_file.path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
@@ -56,7 +56,7 @@ def test_models_toml_is_asked():
 def test_a_wrong_user_config_is_refused_by_name(text, message):
     path = write_config(text)
     with pytest.raises(UsageError, match=r"config\.toml") as caught:
-        settings.user_sampling()
+        config_file.read()
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
 

@@ -152,7 +152,7 @@ def assert_alike(ours: CardModel, wanted: Model, passes: Sequence[int], toleranc
     assert caches[0].length == caches[1].length == sum(passes)
 
 
-FEW_AND_MANY = (9, 1, 2, 9)
+FEW_AND_MANY = (9, 2, 9)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +160,16 @@ FEW_AND_MANY = (9, 1, 2, 9)
     [
         {},
         V2,
-        {"attention_bias": True},
-        {"n_shared_experts": 0},
+        {"attention_bias": True, "n_shared_experts": 0},
         {"tie_word_embeddings": True, "num_experts_per_tok": 1, "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
     ],
-    ids=["v3", "v2", "biases", "no shared expert", "tied, one expert"],
+    ids=["v3", "v2", "biases, no shared expert", "tied, one expert"],
 )
 def test_all_on_the_card(changes: dict[str, Any], device: torch.device) -> None:
     assert_alike(*models(device, changes=changes), FEW_AND_MANY)
 
 
-@pytest.mark.parametrize("on_card", [(), (0, 3, 5)], ids=["none", "some"])
-@pytest.mark.parametrize("kernels", ["reference", "portable"])
+@pytest.mark.parametrize(("on_card", "kernels"), [((), "portable"), ((0, 3, 5), "portable"), ((0, 3, 5), "reference")])
 def test_experts_on_both_sides(on_card: Sequence[int], kernels: str, device: torch.device) -> None:
     # the native kernels round activations to int8
     tolerance = 1e-4 if kernels == "reference" else 3e-2
@@ -203,7 +201,7 @@ def test_experts_that_change_places_change_nothing_else(device: torch.device) ->
     assert_alike(ours, wanted, (9, 2))
 
 
-@pytest.mark.parametrize(("layers", "head"), [(1, True), (1, False), (2, False)])
+@pytest.mark.parametrize(("layers", "head"), [(1, True), (2, False)])
 def test_layers_on_the_cpu(layers: int, head: bool, device: torch.device) -> None:
     assert_alike(*models(device, layers=layers, head=head), FEW_AND_MANY)
 
@@ -267,6 +265,6 @@ def test_a_pass_that_finds_no_memory_is_done_in_halves(device: torch.device, mon
     assert ours.prefill_chunk == 5
     most = 1
     cache = ours.new_cache(48)
-    with pytest.raises(DeviceError, match="does not hold 9 tokens of a prompt"):
+    with pytest.raises(DeviceError, match="does not hold 4 tokens of a prompt"):
         ours.forward(torch.arange(9), cache)
     assert cache.length == 0

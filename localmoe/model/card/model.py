@@ -240,25 +240,24 @@ class CardModel:
         """The card's part of a longer pass: [T, H] on the card."""
         self._check(token_ids, cache)
         self._kernels.share_cores(len(token_ids))
+        return self._whole_or_halves(token_ids, cache.length)
+
+    def _whole_or_halves(self, token_ids: Tensor, start: int) -> Tensor:
+        """Somebody else may have taken what was free, or torch's memory be in pieces: then shorter passes do. Nothing
+        is lost, for what a pass had put into the cache, the next puts there again."""
         try:
-            return self._many_rows(token_ids, cache.length)
+            return self._many_rows(token_ids, start)
         except torch.OutOfMemoryError:
-            # Somebody else took what was free, or torch's memory is in pieces. Nothing is lost: what the pass had put
-            # into the cache, a pass puts there again
             torch.cuda.empty_cache()
-            half = len(token_ids) // 2
-            if half < _LEAST_PASS:
-                raise DeviceError(
-                    f"the card's memory does not hold {len(token_ids)} tokens of a prompt: other programs use it too; "
-                    "a smaller --vram or --ctx leaves more free"
-                ) from None
-            self.prefill_chunk = max(half, _LEAST_PASS)
-            return torch.cat(
-                [
-                    self._many_rows(token_ids[:half], cache.length),
-                    self._many_rows(token_ids[half:], cache.length + half),
-                ]
+        half = len(token_ids) // 2
+        if half < _LEAST_PASS:
+            raise DeviceError(
+                f"the card's memory does not hold {len(token_ids)} tokens of a prompt: other programs use it too; "
+                "a smaller --vram or --ctx leaves more free"
             )
+        self.prefill_chunk = half
+        parts = self._whole_or_halves(token_ids[:half], start), self._whole_or_halves(token_ids[half:], start + half)
+        return torch.cat(parts)
 
     def _many_rows(self, token_ids: Tensor, start: int) -> Tensor:
         """Places from `start` on."""

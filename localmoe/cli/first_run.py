@@ -1,0 +1,133 @@
+"""A model that is not on this machine yet: what it takes is shown, the user asked once, and the rest done."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from localmoe import store
+from localmoe.cli import streams, units
+from localmoe.cli.sanitize import printable_line
+from localmoe.errors import ModelNotFoundError, StorageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from localmoe.cli.options import Machine
+    from localmoe.hub import Survey
+    from localmoe.offload.machine import Machine as Speeds
+    from localmoe.offload.plan import Plan
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a first run would do. `quantized_bytes` is 0 where the files run as their makers ship them."""
+
+    name: str
+    recipe: str | None
+    survey: Survey
+    quantized_bytes: int
+    speeds: Speeds
+    plan: Plan
+
+    def disks(self) -> list[tuple[Path, int, int]]:
+        """(a place on it, bytes needed, bytes free) of each disk."""
+        found: dict[int, tuple[Path, int, int]] = {}
+        for place, needed in ((self.survey.directory, self.survey.missing_bytes), (store.home(), self.quantized_bytes)):
+            there = next(path for path in (place, *place.parents) if path.exists())
+            first, before, _ = found.get(there.stat().st_dev, (place, 0, 0))
+            found[there.stat().st_dev] = (first, before + needed, shutil.disk_usage(there).free)
+        return list(found.values())
+
+
+def bring(model: str, machine: Machine, error: ModelNotFoundError, *, yes: bool) -> None:
+    """Download `model`, of which `error` says that it is not here; quantizing is `opening.locate`'s next step.
+
+    Raises `error` for what no hub has and where nobody can be asked, StorageError and DeviceError, before anything is
+    downloaded, for a disk or a memory too small, and what `hub.pull` raises.
+    """
+    from localmoe import hub
+    from localmoe.hub.names import repo_of
+
+    ref = store.parse_ref(model)
+    if ref.directory is not None or repo_of(ref.name) is None:
+        raise error
+    asks = streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stderr)
+    if not (yes or asks):
+        raise ModelNotFoundError(f"{error}; or add -y, which does both")
+    recipe = None if ref.ending == "source" else ref.ending or "balanced"
+    try:
+        streams.passing_remark(f"asking the hub about {ref.name} ...")
+        wanted = _reckon(ref.name, recipe, hub.survey(ref), machine)
+    finally:
+        streams.passing_remark("")
+    _check_space(wanted)
+    streams.tell(_text(wanted))
+    if not (yes or wanted.survey.begun or _agreed(wanted)):
+        raise ModelNotFoundError(f"{ref.name} was not downloaded")
+
+    from localmoe.cli.models import fetch
+
+    fetch(ref if ref.ending == "source" else store.ModelRef(ref.name, None, None))
+
+
+def _reckon(name: str, recipe: str | None, survey: Survey, machine: Machine) -> _Wanted:
+    from localmoe.cli.plan import forecast
+
+    subject, speeds, plan, as_stored = forecast(survey.config, recipe, machine)
+    if as_stored:
+        return _Wanted(name, None, survey, 0, speeds, plan)
+    return _Wanted(name, recipe, survey, subject.sizes.nbytes, speeds, plan)
+
+
+def _check_space(wanted: _Wanted) -> None:
+    """Raises StorageError, with the numbers, where the download and the quantized model do not fit their disks."""
+    survey, home = wanted.survey, store.home()
+    for place, needed, free in wanted.disks():
+        if needed > free:
+            parts = f"{units.size(survey.missing_bytes)} more for the download in {survey.directory}"
+            if wanted.quantized_bytes:
+                parts += f" and {units.size(wanted.quantized_bytes)} for the quantized model in {home}"
+            raise StorageError(
+                f"{wanted.name} needs {parts}, and the disk of {place} has {units.size(free)} free: free some space, "
+                "or set HF_HOME and LOCALMOE_HOME to a bigger disk"
+            )
+
+
+def _text(wanted: _Wanted) -> str:
+    survey, placement, speed = wanted.survey, wanted.plan.placement, wanted.plan.decode
+    there = survey.size_bytes - survey.missing_bytes
+    begun = f", {units.size(there)} of it is here already" if survey.begun else ""
+    where = f"the CPU, {wanted.speeds.cpu.threads} threads"
+    if wanted.speeds.gpu is not None:
+        where = f"{wanted.speeds.gpu.name} beside {where}"
+    origin = wanted.speeds.cpu.read.origin
+    by = "by what localmoe doctor measured" if origin == "cached" else "assumed; localmoe doctor measures this machine"
+    rows = [("download", f"{units.size(survey.size_bytes)} from {survey.repo} to {survey.directory}{begun}")]
+    if wanted.recipe is not None:
+        output = store.artifact_dir(wanted.name, wanted.recipe)
+        rows.append(("quantize", f"to {units.size(wanted.quantized_bytes)} ({wanted.recipe}) in {output}"))
+    disks = [f"{units.size(needed)} of {units.size(free)} free" for _, needed, free in wanted.disks() if needed]
+    rows += [
+        ("disk", ", ".join(disks)),
+        ("runs on", f"{where}, with a context of {placement.context:,} tokens"),
+        ("memory", units.size(placement.nbytes("ram")) + _on_disk(placement.nbytes("disk"))),
+        ("speed", f"about {speed.tokens_per_second:.3g} tokens/s, bound by {speed.bound} ({by})"),
+    ]
+    lines = [f"{wanted.name} is not on this machine yet", *(f"  {name:<9} {what}" for name, what in rows if what)]
+    return "\n".join(map(printable_line, lines))
+
+
+def _on_disk(nbytes: int) -> str:
+    return f"; {units.size(nbytes)} of the experts stay on the disk" if nbytes else ""
+
+
+def _agreed(wanted: _Wanted) -> bool:
+    """Ask once; Enter agrees. The end of the input is a no."""
+    streams.tell(f"Download{' and quantize' if wanted.quantized_bytes else ''} it? [Y/n]", end=" ")
+    answer = sys.stdin.readline()
+    if not answer:
+        streams.tell("")
+    return bool(answer) and answer.strip().lower() in ("", "y", "yes")

@@ -1,0 +1,61 @@
+"""The line under a chat's prompt: model, context used, speed, and what the card does where there is one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from localmoe.cli import streams, units
+from localmoe.cli.sanitize import printable_line
+from localmoe.cli.styled import width
+
+if TYPE_CHECKING:
+    from localmoe.cli.answer import Answer
+    from localmoe.engine import Engine
+
+_BETWEEN = " · "
+
+
+def status(engine: Engine, name: str, last: Answer | None) -> str:
+    """What fits the terminal's width: what matters least goes first."""
+    used = 0 if last is None else last.prompt_tokens + last.completion_tokens
+    parts = [printable_line(name), f"{used:,} of {engine.max_context:,} tokens"]
+    if last is not None and last.decode_tokens_per_second:
+        parts.append(f"{last.decode_tokens_per_second:.1f} tokens/s")
+    parts += _card(engine)
+    return fitting(parts, streams.columns() - 1)
+
+
+def fitting(parts: list[str], columns: int) -> str:
+    """As many of the parts, from the first on, as `columns` cells hold; nothing where the first is too wide."""
+    line = ""
+    for part in parts:
+        longer = line + _BETWEEN + part if line else part
+        if width(longer) > columns:
+            break
+        line = longer
+    return line
+
+
+def folded(text: str, columns: int) -> str:
+    """Lines of facts with dots between them, broken at a dot where they are wider than `columns`."""
+    rows = []
+    for line in text.split("\n"):
+        row, *rest = line.split(_BETWEEN)
+        for fact in rest:
+            if width(row + _BETWEEN + fact) > columns:
+                rows.append(row)
+                row = fact
+            else:
+                row += _BETWEEN + fact
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def _card(engine: Engine) -> list[str]:
+    """The share of the experts' uses that the card serves, as they were placed, and its memory in use."""
+    placement = engine.placement
+    if placement is None:
+        return []
+    hits = [home.gpu_hits for home, moe in zip(placement.layers, engine.config.moe_layers, strict=True) if moe]
+    vram = f"VRAM {units.size(placement.nbytes('gpu'))}"
+    return [f"{sum(hits) / len(hits):.0%} of expert uses on the card", vram] if hits else [vram]

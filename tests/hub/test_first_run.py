@@ -1,0 +1,211 @@
+"""`run` and `chat` of a model that is not here: from nothing to an answer, against a hub on this machine."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from localmoe import hub as hub_package
+from localmoe import store
+from localmoe.errors import HubError
+from localmoe.hub.verify import demo_directory
+
+REPO = "maker/Tiny-MoE"
+WEIGHTS = "model.safetensors"
+PROGRAM = (sys.executable, "-m", "localmoe")
+ASKED = (*PROGRAM, "run", REPO, "Tell me a story", "-n", "4", "--temp", "0")
+
+
+@pytest.fixture
+def demo_hub(server):
+    """The hub with the demo's source as its one repository."""
+    server.files = {
+        path.name: path.read_bytes() for path in demo_directory().iterdir() if path.suffix in (".json", ".safetensors")
+    }
+    return server
+
+
+@pytest.fixture
+def machine(demo_hub, tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine that has nothing."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS") if name in os.environ}
+    return kept | {
+        "HF_ENDPOINT": demo_hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "LOCALMOE_HOME": str(tmp_path / "home"),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "NO_PROXY": "*",
+        "TERM": "xterm",
+    }
+
+
+def run(machine: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*ASKED, *more], env=machine, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_without_a_terminal_and_without_yes_nothing_is_asked_or_fetched(demo_hub, machine):
+    outcome = run(machine)
+    assert (outcome.returncode, outcome.stdout) == (1, "")
+    assert outcome.stderr == (
+        f"localmoe: {REPO} is not on this machine: type `localmoe pull {REPO}` and then `localmoe quantize {REPO}`; "
+        "or add -y, which does both\n"
+    )
+    assert not demo_hub.requests
+
+
+def test_interrupted_it_goes_on_and_then_it_is_here(demo_hub, machine, tmp_path):
+    demo_hub.stall = {WEIGHTS: 5 << 20}
+    process = subprocess.Popen([*ASKED, "-y"], env=machine, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1, text=True)
+    deadline = time.monotonic() + 60
+    while not (parts := list((tmp_path / "hf").rglob("*.incomplete"))) or parts[0].stat().st_size < 5 << 20:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    demo_hub.release.set()
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
+    assert errors.splitlines()[-1].startswith("localmoe: interrupted; what is here is kept, and the same command")
+
+    held = next((tmp_path / "hf").rglob("*.incomplete")).stat().st_size
+    demo_hub.forget_requests()
+    outcome = run(machine, "-y")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.strip()
+    assert demo_hub.fetched()[WEIGHTS] == [f"bytes={held}-"]
+    assert " of it is here already" in outcome.stderr
+    assert (tmp_path / "home/models/maker--Tiny-MoE/balanced/localmoe.json").is_file()
+    shards = (tmp_path / "home/models/maker--Tiny-MoE/balanced").glob("*.safetensors")
+    said = re.search(r"quantize  to ([0-9.]+) MiB \(balanced\)", outcome.stderr)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(sum(path.stat().st_size for path in shards) / 2**20, rel=0.02)
+
+    demo_hub.forget_requests()
+    again = run(machine)  # nothing left to ask or do
+    assert (again.returncode, again.stdout, again.stderr) == (0, outcome.stdout, "")
+    assert not demo_hub.requests
+
+
+@pytest.mark.parametrize(("typed", "status"), [("\n", 0), ("n\n", 1), ("\x03", 130)])
+def test_a_person_is_asked_once(demo_hub, machine, tmp_path, typed, status):
+    """The question and the progress are on the terminal, the answer alone in the pipe; a `:source` is not quantized."""
+    master, slave = pty.openpty()
+    model = REPO if status else f"{REPO}:source"
+    command = [sys.executable, "-c", TERMINAL_PROGRAM, "run", model, *ASKED[5:]]
+    process = subprocess.Popen(
+        command, env=machine, stdin=slave, stdout=-1, stderr=slave, text=True, start_new_session=True
+    )
+    os.close(slave)
+    seen = read_until(master, "[Y/n]")
+    for name in ("download", "disk", "runs on", "memory", "speed", *(["quantize"] if status else [])):
+        assert f"\n  {name} " in seen.replace("\r", ""), seen
+    assert ("Download and quantize it?" if status else "Download it?") in seen
+    assert set(demo_hub.fetched()) == {"config.json"}
+    os.write(master, typed.encode())
+    rest = read_until(master, None)
+    output, _ = process.communicate(timeout=60)
+    os.close(master)
+    assert process.returncode == status, rest
+    assert bool(output.strip()) == (status == 0)
+    if status:
+        assert set(demo_hub.fetched()) == {"config.json"}
+    if status == 1:
+        assert f"localmoe: {REPO} was not downloaded" in rest
+
+
+TERMINAL_PROGRAM = """
+import os, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # a session's leader that opens a terminal gets it as its own: Ctrl-C
+from localmoe.cli.app import main
+sys.exit(main())
+"""
+
+
+def read_until(terminal: int, text: str | None) -> str:
+    """What the terminal shows until `text`, or until the program is gone."""
+    seen, deadline = "", time.monotonic() + 120
+    while text is None or text not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                seen += os.read(terminal, 65536).decode(errors="replace")
+            except OSError:  # EIO: everybody has closed it
+                assert text is None, seen
+                break
+    return seen
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_too_small_is_refused_before_the_download(demo_hub, hub, home, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 25 << 20))  # 20 MB and 12 MB do not fit
+    from localmoe.cli.app import main
+
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["run", REPO, "Hi", "-y"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"localmoe: {REPO} needs 19.4 MiB more for the download in ")
+    assert " for the quantized model in " in said
+    assert "has 25 MiB free: free some space" in said
+    assert said.count("\n") == 1
+    assert set(hub.fetched()) == {"config.json"}
+
+
+def test_a_memory_too_small_is_refused_before_the_download(demo_hub, hub, home, capsys, monkeypatch):
+    from localmoe.cli.app import main
+
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["run", REPO, "Hi", "-y", "--ram", "1MiB"]) == 1
+    assert "GiB of memory and there are" in capsys.readouterr().err
+    assert set(hub.fetched()) == {"config.json"}
+
+
+def test_survey_counts_what_is_missing(hub):
+    ref = store.ModelRef(REPO, None, None)
+    first = hub_package.survey(ref)
+    listed = sum(
+        len(data)
+        for name, data in hub.files.items()
+        if name.endswith(".json") or name.startswith(("model-", "LICENSE"))
+    )
+    assert first.size_bytes == listed
+    assert not first.begun
+    assert first.missing_bytes == listed - sum(
+        len(hub.files[name]) for name in ("config.json", "model.safetensors.index.json")
+    )
+    shard = "model-00002-of-00003.safetensors"
+    hub.other_bytes = {shard: b"x" * (3 << 20)}  # one shard is damaged on its way: the pull fails
+    with pytest.raises(Exception, match="does not have the hash"):
+        hub_package.pull(ref)
+    second = hub_package.survey(ref)
+    assert second.begun
+    assert second.missing_bytes < first.missing_bytes - (3 << 20)
+
+
+def test_survey_offline(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        hub_package.survey(store.ModelRef(REPO, None, None))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "home"

@@ -1,0 +1,99 @@
+"""The engine with a card, from `load` to the answer: on Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from localmoe.errors import DeviceError, UsageError
+from localmoe.load import Engine, load
+from localmoe.offload.device import CardMemory, choose_card
+from localmoe.offload.plan import CUDA_CONTEXT, STAGING, card_workspace
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Engine]:
+    """Opens the demo with `room` bytes for weights and cache on the card."""
+    monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def opened(room: int, **options: object) -> Engine:
+        with load("demo:source", device="cpu") as plain:
+            vram = CUDA_CONTEXT + STAGING + card_workspace(plain.config, 512) + room
+        monkeypatch.setattr("localmoe.load.choose_card", lambda *_: CardMemory(device, vram))
+        return load("demo:source", ctx=64, **options)  # type: ignore[arg-type]
+
+    return opened
+
+
+def test_half_the_experts_on_the_card(on_card: Callable[..., Engine], tmp_path: Path) -> None:
+    with on_card(14 * MIB) as engine:
+        assert engine.placement is not None
+        experts = {share.tier: share.nbytes for share in engine.placement.shares if share.part == "routed experts"}
+        assert 0.2 < experts["gpu"] / sum(experts.values()) < 0.9
+        ids = [5]  # a row takes seconds on the interpreter
+        steps = list(engine.generate(ids, max_tokens=2))
+        assert len(steps) == 2
+        with load("demo:source", device="cpu", kernels="reference") as reference:
+            assert [s.token_id for s in steps] == [s.token_id for s in reference.generate(ids, max_tokens=2)]
+    (heat,) = (tmp_path / "heat").iterdir()
+    counts = torch.tensor(json.loads(heat.read_text())["counts"])
+    tokens = len(ids) + 1  # the last one drawn is not computed
+    assert counts.sum(1).tolist() == [0.0, *[tokens * engine.config.num_experts_per_tok] * 5]
+
+
+def test_one_generation_at_a_time_and_nothing_is_learned(on_card: Callable[..., Engine], tmp_path: Path) -> None:
+    with on_card(64 * MIB, deterministic=True, kernels="reference") as engine:
+        first = engine.generate([5], max_tokens=3)
+        next(first)
+        next(engine.generate([7], max_tokens=1))
+        with pytest.raises(UsageError, match="another generation has begun"):
+            next(first)
+    assert not (tmp_path / "heat").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_without_a_card() -> None:
+    assert choose_card("auto", None) is None
+    assert choose_card("cpu", None) is None
+    with pytest.raises(DeviceError, match=r"--device cuda: .*(without CUDA|no NVIDIA GPU).*; --device cpu"):
+        choose_card("cuda", None)
+    with pytest.raises(DeviceError, match="--vram: "):
+        choose_card("auto", 8 << 30)
+
+
+@pytest.mark.parametrize(
+    ("capability", "free", "vram", "said"),
+    [
+        ((7, 5), 8 << 30, None, "compute capability 7.5 and 8.0"),
+        ((8, 6), 8 << 30, 10 << 30, r"--vram 10.00 GiB: the card has 8.00 of 12.00 GiB free"),
+    ],
+)
+def test_cards_that_will_not_do(
+    capability: tuple[int, int], free: int, vram: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_card(monkeypatch, capability, free)
+    with pytest.raises(DeviceError, match=said):
+        choose_card("cuda", vram)
+
+
+def test_what_is_free_less_a_twentieth(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_card(monkeypatch, (8, 9), 10 << 30)
+    found = choose_card("auto", None)
+    assert found == CardMemory(torch.device("cuda", 0), int(0.95 * (10 << 30)) + CUDA_CONTEXT, "RTX")
+    assert choose_card("auto", 6 << 30) == CardMemory(torch.device("cuda", 0), 6 << 30, "RTX")
+
+
+def fake_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free: int) -> None:
+    answers = {
+        "is_available": True, "get_device_capability": capability, "get_device_name": "RTX", "current_device": 0,
+        "mem_get_info": (free, 12 << 30),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
