@@ -180,3 +180,12 @@ def guesses(speculation: SpeculationStats) -> str:
         return f"{speculation.drafter}: nothing guessed"
     counted = f"{speculation.accepted_tokens} of {speculation.drafted_tokens} guesses"
     return f"{speculation.drafter}: {counted} right ({speculation.acceptance_rate:.0%}), {speculation.drafts} at a time"
+
+
+def unmet(answer: Answer) -> str | None:
+    """What is wrong with an answer that ended before it was what a schema, grammar or choice asks, if that is so."""
+    if answer.fulfils_grammar is not False or answer.finish_reason == "interrupted":
+        return None
+    why = "it was cut off" if answer.finish_reason == "length" else "it ended too early"
+    more = "; allow more tokens with -n or --ctx" if answer.finish_reason == "length" else ""
+    return f"the answer does not fulfil what was asked of it: {why}{more}"

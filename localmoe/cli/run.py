@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams
-from localmoe.cli.answer import Answer, Request, collect, guesses
+from localmoe.cli.answer import Answer, Request, collect, guesses, unmet
 from localmoe.cli.failure import INTERRUPTED, Failure, describe
 from localmoe.cli.kept import Kept, turns_to_drop
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
@@ -225,12 +225,9 @@ def _constraint(schema: Path | None, grammar: Path | None, choice: list[str] | N
 
 
 def _unmet(answer: Answer) -> Failure | None:
-    """The failure of an answer that ended before it was what it had to be."""
-    if answer.fulfils_grammar is not False or answer.finish_reason == "interrupted":
-        return None
-    why = "it was cut off" if answer.finish_reason == "length" else "it ended too early"
-    more = "; allow more tokens with -n or --ctx" if answer.finish_reason == "length" else ""
-    return Failure("grammar", f"the answer does not fulfil what was asked of it: {why}{more}", 1)
+    """The failure of an answer that is not what it had to be."""
+    problem = unmet(answer)
+    return None if problem is None else Failure("grammar", problem, 1)
 
 
 class _Turn:

@@ -315,3 +315,12 @@ def test_an_answer_that_is_not_what_it_has_to_be_is_a_failure(invoke, engine, mo
     assert outcome.status == 1
     assert outcome.json["text"] == "Once upon a time."
     assert outcome.json["error"]["kind"] == "grammar"
+
+
+def test_a_line_whose_answer_is_not_what_it_has_to_be_has_an_error(invoke, engine, monkeypatch):
+    monkeypatch.setattr(sys.modules["fake_localmoe"].FakeStats, "fulfils_grammar", False)
+    outcome = invoke("run", "demo", "--jsonl", "-", "--choice", "yes", stdin=b'"Hi"\n')
+    assert outcome.status == 1
+    assert outcome.json["text"] == "Once upon a time."
+    assert outcome.json["error"]["kind"] == "grammar"
+    assert invoke("run", "demo", "--jsonl", "-", "--session", "s", stdin=b'"Hi"\n').status == 2
