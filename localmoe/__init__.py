@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
     if name == "load":
         return import_module("localmoe.load")  # which can be called
     if name == "Engine":
-        from localmoe.load import Engine
+        from localmoe.engine import Engine
 
         return Engine
     if name == "Step":

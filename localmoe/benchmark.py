@@ -16,8 +16,8 @@ from localmoe.errors import ContextOverflowError
 from localmoe.model.kv_cache import row_bytes
 
 if TYPE_CHECKING:
+    from localmoe.engine import Engine
     from localmoe.formats.safetensors import TensorInfo
-    from localmoe.load import Engine
     from localmoe.model.config import ModelConfig
 
 _FIRST_PROMPT = 16  # tokens of the prompt whose first token is waited for

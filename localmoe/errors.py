@@ -7,8 +7,10 @@
      ├─ CheckpointError              files that are damaged, incomplete or contradict each other
      │   └─ VerificationError        a file's hash differs from the recorded one
      ├─ StorageError                 a full disk, no permission, an unwritable place
+     ├─ SessionError                 a saved session that is damaged, of another model, or of a newer version
      ├─ HubError                     the download could not be done
      ├─ ContextOverflowError         prompt and answer do not fit the context
+     ├─ GrammarError                 a schema or grammar that is not valid, or met by no text; exit code 2
      ├─ TemplateError                the checkpoint's chat template is missing, broken or raised
      ├─ InputError                   text that cannot be read (invalid UTF-8, no prompt)
      ├─ DeviceError                  a device or a kernel tier this machine or version does not have
@@ -65,6 +67,12 @@ class StorageError(LocalMoeError):
     kind = "storage"
 
 
+class SessionError(LocalMoeError):
+    """A saved session cannot be used: damaged, of another model, of a newer version, open elsewhere, or not there."""
+
+    kind = "session"
+
+
 class HubError(LocalMoeError):
     """A download failed, or the hub answered with a refusal."""
 
@@ -75,6 +83,13 @@ class ContextOverflowError(LocalMoeError):
     """Prompt and answer need more tokens than the context holds."""
 
     kind = "context"
+
+
+class GrammarError(LocalMoeError):
+    """A schema or grammar is not valid, asks for what is not supported, or is met by no text."""
+
+    kind = "grammar"
+    exit_code = 2
 
 
 class TemplateError(LocalMoeError):

@@ -24,7 +24,7 @@ from localmoe.offload.predict import Subject, decode
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
     from localmoe.offload.probe import Facts
 
 OTHER = "other"

@@ -5,6 +5,7 @@ T = tokens of a pass, V = vocabulary.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Collection, Generator, Sequence
@@ -14,6 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from localmoe.errors import ContextOverflowError, InputError, UsageError
+from localmoe.grammar import Grammar
 from localmoe.model.deepseek import PREFILL_CHUNK
 from localmoe.sampling import History, SamplingParams, logprob, sample, top_logprobs
 from localmoe.session import CachedTokens, LanguageModel
@@ -32,6 +34,7 @@ class Stats:
     reused_tokens: int = 0  # of the prompt, found in the cache
     speculation: SpeculationStats | None = None  # where tokens could be guessed
     sampling_seconds: float = 0.0  # of the decode's: drawing tokens and turning them into text
+    fulfils_grammar: bool | None = None  # where there was one; an answer that was cut off does not
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -65,13 +68,16 @@ class Step:
 @dataclass(frozen=True)
 class Settings:
     """How to generate. `max_tokens` None: until the context is full. `seed` None: a new one each time. `top_logprobs`
-    is how many of the likeliest tokens each step names."""
+    is how many of the likeliest tokens each step names. `grammar` is what the answer has to be, from its beginning or,
+    with `grammar_after`, from behind that text on (thinking is free)."""
 
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    grammar: Grammar | None = None
+    grammar_after: str = ""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -112,8 +118,8 @@ def generate(
             f"the prompt has {len(prompt_ids):,} tokens and the context holds {cached.capacity:,}, answer included; "
             "shorten the prompt or choose a larger --ctx"
         )
-    if settings.stop and detokenizer is None:
-        raise UsageError("stop strings need the model's tokenizer, and it has none")
+    if (settings.stop or settings.grammar) and detokenizer is None:
+        raise UsageError("stop strings and grammars need the model's tokenizer, and it has none")
     limit = room if settings.max_tokens is None else min(room, settings.max_tokens)
     answer = _Answer(detokenizer, settings.stop, frozenset(end_ids), limit)
     passes = _Passes(model, cached, settings, lengths if cached.drafter is not None else None)
@@ -131,6 +137,7 @@ class _Passes:
         self._params = settings.sampling
         self._seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self._lengths = lengths
+        self._constraint = None if settings.grammar is None else _Constraint(settings.grammar, settings.grammar_after)
         self._history: History | None = None
         self._turn = self._position = 0
         self._drafts: list[int] = []  # draft i was guessed to be drawn from row i
@@ -149,7 +156,11 @@ class _Passes:
     def draw(self, logits: Tensor, place: int) -> tuple[int, bool]:
         """The token drawn from row `place` of a pass, logits [V], and whether it was guessed, so that the next row
         counts."""
+        if self._constraint is not None:
+            logits = self._constraint.masked(logits)
         token_id = sample(logits, self._params, seed=self._seed, position=self._position, history=self._history)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         self._position += 1
         if self._history is not None:
             self._history.add(token_id)
@@ -164,6 +175,8 @@ class _Passes:
         """Compute `token_id` and what is guessed to follow it, `most` tokens at most; a row of logits for each."""
         wanted = 0 if self._lengths is None else min(self._lengths.next(), most)
         self._drafts = self._cached.draft(token_id, wanted, self._guess, self._turn) if wanted else []
+        if self._constraint is not None:
+            self._drafts = self._constraint.fitting(self._drafts)
         self._count += 1
         self._drafted += len(self._drafts)
         return self._cached.extend(self._model, [token_id, *self._drafts], self._turn, every=True)
@@ -182,8 +195,70 @@ class _Passes:
 
     def _guess(self, logits: Tensor, ahead: int) -> int:
         """What is drawn from a drafter's logits, with the random numbers of the model's own draw there."""
-        place = self._position + ahead
-        return sample(logits, self._params, seed=self._seed, position=place, history=self._history)
+        if self._constraint is not None:
+            logits = self._constraint.masked(logits)
+        token_id = sample(logits, self._params, seed=self._seed, position=self._position + ahead, history=self._history)
+        if self._constraint is not None:
+            self._constraint.suppose(token_id)
+        return token_id
+
+    @property
+    def fulfils_grammar(self) -> bool | None:
+        return None if self._constraint is None else self._constraint.is_met
+
+    def heard(self, text: str) -> bool:
+        """Take note of the answer's text; whether a grammar says that it is over."""
+        return self._constraint is not None and self._constraint.heard(text)
+
+
+class _Constraint:
+    """A grammar along one answer: in force from a certain text on, tried out on guesses and taken back."""
+
+    def __init__(self, grammar: Grammar, after: str) -> None:
+        self._matcher = grammar.start()
+        self._after = after  # empty once it was there
+        self._tail = ""
+        self._supposed = 0
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """Logits [V], -inf where the grammar does not allow the token. Raises InputError where it allows none."""
+        if self._after or self._matcher.is_over:
+            return logits
+        allowed = self._matcher.allowed()
+        if not bool((allowed & (logits != -math.inf)).any()):
+            raise InputError("no token that the grammar allows here is possible")
+        return logits.masked_fill(~allowed, -math.inf)
+
+    def accept(self, token_id: int) -> None:
+        """The token was drawn."""
+        if not self._after and not self._matcher.is_over and not self._matcher.accept(token_id):
+            raise InputError("no token that the grammar allows here is possible: a logit bias forbids it")
+
+    def suppose(self, token_id: int) -> None:
+        """The token was guessed."""
+        if not self._after and not self._matcher.is_over and self._matcher.accept(token_id):
+            self._supposed += 1
+
+    def fitting(self, guesses: list[int]) -> list[int]:
+        """The guesses as far as the grammar allows them; what was supposed is taken back."""
+        self._matcher.back(self._supposed)
+        self._supposed = 0
+        return guesses if self._after else guesses[: self._matcher.fitting(guesses)]
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the answer may end here."""
+        return not self._after and self._matcher.is_complete
+
+    def heard(self, text: str) -> bool:
+        """Take note of the answer's text; whether nothing may follow."""
+        if self._after:
+            self._tail += text
+            if self._after in self._tail:
+                self._after = ""
+            self._tail = self._tail[-len(self._after) :]
+            return False
+        return self._matcher.is_over
 
 
 def _steps(
@@ -198,6 +273,8 @@ def _steps(
             started = time.perf_counter()
             token_id, guessed = passes.draw(logits, place)
             text, finish_reason = answer.push(token_id)
+            if passes.heard(text) and finish_reason != "stop":
+                text, finish_reason = text + answer.finish(), "stop"
             top = top_logprobs(logits, settings.top_logprobs) if settings.top_logprobs else ()
             step = Step(token_id, text, logprob(logits, token_id), finish_reason, top=top)
             if finish_reason is not None or not guessed:
@@ -216,6 +293,7 @@ def _steps(
                     reused,
                     passes.stats,
                     sampling_seconds,
+                    passes.fulfils_grammar,
                 )
                 yield replace(step, stats=stats)
                 return
@@ -248,9 +326,14 @@ class _Answer:
         text = "" if ended or self._detokenizer is None else self._stops.push(self._detokenizer.push(token_id))
         if not (ended or self._stops.found or self.tokens == self.limit):
             return text, None
-        if self._detokenizer is not None and not self._stops.found:
-            text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+        text += self.finish()
         return text, "stop" if ended or self._stops.found else "length"
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        if self._detokenizer is None or self._stops.found:
+            return ""
+        return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
 
 
 class StopStrings:

@@ -27,19 +27,30 @@ class MemoryNeeds:
     cache_per_token: int  # of the latent cache, all layers
 
     @classmethod
-    def of(cls, config: ModelConfig, tensors: Iterable[TensorInfo], cache_row: int) -> MemoryNeeds:
+    def of(
+        cls, config: ModelConfig, tensors: Iterable[TensorInfo], cache_row: int, *, mtp: bool = False
+    ) -> MemoryNeeds:
         """Add up a checkpoint's headers; a token's latents take `cache_row` bytes a layer.
 
-        The MTP layers and the embedding, of which a token reads a row, are left out.
+        The embeddings, of which a token reads a row, are left out, and so are the MTP layers, but with `mtp` for the
+        first: its weights, and its own latents.
         """
-        mtp = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
+        layers = config.num_hidden_layers
+        first = f"model.layers.{layers}."
+        unused = [f"model.layers.{layers + i}." for i in range(max(config.num_nextn_predict_layers, 1))]
+        if mtp:
+            unused[0] = f"{first}embed_tokens."
+        if not config.tie_word_embeddings:
+            unused.append("model.embed_tokens.")
         always = experts = 0
         for info in tensors:
-            if ".mlp.experts." in info.name and not info.name.startswith(mtp):
+            if info.name.startswith(tuple(unused)):
+                continue
+            if ".mlp.experts." in info.name:
                 experts += info.nbytes
-            elif not info.name.startswith((*mtp, "model.embed_tokens.")) or config.tie_word_embeddings:
+            else:
                 always += info.nbytes
-        return cls(always, experts, cache_row * config.num_hidden_layers)
+        return cls(always, experts, cache_row * (layers + mtp))
 
     def context_within(self, budget: float) -> int:
         """Tokens whose latents fit beside all weights, or beside those that every token needs where that would

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from localmoe.branches import Branch, Branches, common
 from localmoe.errors import UsageError
 from localmoe.model.kv_cache import LatentCache
-from localmoe.speculative import Choose, Drafter
+from localmoe.speculative import Choose, Drafter, MtpDrafter
+
+_WORTH_KEEPING = 16  # tokens: fewer are computed again in one pass
 
 
 class LanguageModel(Protocol):
@@ -32,7 +36,9 @@ class LanguageModel(Protocol):
 class CachedTokens:
     """A latent cache and the ids of the tokens in it, so that a prompt with the same beginning can go on there.
 
-    `drafter` sees every token that comes in or goes, if there is one.
+    What is left behind, as a conversation goes back or another one is taken up, is kept on the side as long as it fits
+    the cache's capacity together with the text in use. `drafter` sees every token that comes in or goes, if there is
+    one.
     """
 
     def __init__(self, cache: LatentCache, drafter: Drafter | None = None) -> None:
@@ -40,6 +46,7 @@ class CachedTokens:
         self.drafter = drafter
         self._ids: list[int] = []
         self._turn = 0
+        self._branches = Branches()
 
     @property
     def capacity(self) -> int:
@@ -51,17 +58,44 @@ class CachedTokens:
         """What it holds."""
         return tuple(self._ids)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all latents but the MTP layer's own."""
+        return self.cache.nbytes + self._branches.nbytes
+
+    @property
+    def length(self) -> int:
+        """Tokens that both the ids and the latents are there of: an interrupt may have come between the two."""
+        return min(len(self._ids), self.cache.length)
+
+    def adopt(self, token_ids: Sequence[int]) -> None:
+        """Count the rows that were written into the empty cache as those of `token_ids`."""
+        if self._ids or self.cache.length:
+            raise ValueError("only an empty cache can take over another's tokens")
+        self.cache.advance(len(token_ids))
+        self._ids = list(token_ids)
+        if self.drafter is not None and not self.drafter.needs_states:
+            self.drafter.observe(self._ids, None)
+
     def begin(self, token_ids: Sequence[int]) -> tuple[int, int]:
-        """Keep what `token_ids` begins with and forget the rest. Returns (tokens kept, turn).
+        """Put what is known of `token_ids`, from the beginning, into use. Returns (tokens known, turn).
 
         At least the last token is left to compute: its logits are wanted. `turn` is to be given to `extend`.
         """
-        # An interrupt may have come between the model's pass and our note of it
-        held = min(len(self._ids), self.cache.length)
-        longest = min(held, len(token_ids) - 1)
-        kept = next((n for n in range(longest) if self._ids[n] != token_ids[n]), longest)
         self._turn += 1
-        return self._cut(kept), self._turn
+        wanted = np.asarray(token_ids[:-1], dtype=np.int64)
+        kept = common(np.asarray(self._ids[: self.length], dtype=np.int64), wanted)
+        with torch.inference_mode():
+            if self.length - kept >= _WORTH_KEEPING:
+                self._leave(kept)
+            kept = self._cut(kept)
+            while (found := self._branches.longest(wanted, kept)) is not None:
+                branch, known = found
+                if not self._take_up(branch, known):
+                    break
+                kept = self.length
+        self._branches.keep_within(self.capacity - len(token_ids))
+        return kept, self._turn
 
     def extend(self, model: LanguageModel, token_ids: Sequence[int], turn: int, *, every: bool = False) -> Tensor:
         """Run the model over more tokens; float32 logits [1, V] of the last, or [T, V] of every one.
@@ -80,6 +114,7 @@ class CachedTokens:
         self._ids += token_ids
         if self.drafter is not None:
             self.drafter.observe(self._ids, states)
+        self._branches.keep_within(self.capacity - len(self._ids))
         return logits
 
     def draft(self, next_id: int, count: int, choose: Choose, turn: int) -> list[int]:
@@ -106,3 +141,41 @@ class CachedTokens:
         self.cache.truncate(kept)
         del self._ids[kept:]
         return kept
+
+    def _leave(self, kept: int) -> None:
+        """Copy what comes after the first `kept` tokens to the side."""
+        ids = self._ids[: self.length]
+        drafted = None
+        if isinstance(self.drafter, MtpDrafter):
+            if self.drafter.waiting_state(ids) is None:
+                return  # it has not seen them all, and could not go on there
+            kept = max(kept - 1, 0)  # as many as it lets be kept
+            drafted = _aside(self.drafter.rows[max(kept, 1) - 1 : len(ids) - 1])
+        rows = {layer: _aside(self.cache.reserve(layer, 0)[kept : len(ids)]) for layer in self.cache.layers}
+        self._branches.add(Branch(np.asarray(ids, dtype=np.int64), kept, rows, drafted))
+
+    def _take_up(self, branch: Branch, known: int) -> bool:
+        """Go on with the first `known` tokens of a branch, but for the last where its state is needed. False, and
+        nothing changes, where that is not more than there is."""
+        first = len(self._ids)
+        end = known - 1 if isinstance(self.drafter, MtpDrafter) else known
+        if end <= first:
+            return False
+        for layer in self.cache.layers:
+            self.cache.reserve(layer, end - first)[first:] = branch.rows_of(layer, first, end)
+        if isinstance(self.drafter, MtpDrafter):
+            drafted = branch.drafted_of(self.drafter.settled(self._ids), end)
+            if drafted is None:
+                return False
+            self.drafter.append(drafted)
+        self.cache.advance(end - first)
+        self._ids += branch.ids[first:end].tolist()
+        if self.drafter is not None and not self.drafter.needs_states:
+            self.drafter.observe(self._ids, None)
+        self._branches.give(branch, end)
+        return True
+
+
+def _aside(rows: Tensor) -> Tensor:
+    """A copy in the CPU's memory: a card's is for what is in use."""
+    return rows.to("cpu", copy=True)

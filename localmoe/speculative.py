@@ -98,6 +98,40 @@ class MtpDrafter:
         if len(token_ids) - self.cache.length > self._MOST_WAITING:
             self.settle(token_ids)
 
+    def waiting_state(self, token_ids: Sequence[int]) -> Tensor | None:
+        """With the cache's rows all that there is of `token_ids`: the last one's state, [1, H], or [0, H] where the
+        rows are complete. None where this drafter has not seen them all."""
+        if self._waiting:
+            if self._first + self._count != len(token_ids):
+                return None
+            self.settle(token_ids)
+        state = self._waiting[-1] if self._waiting else torch.empty(0, 0)
+        return state if self.cache.length + len(state) == len(token_ids) else None
+
+    def resume(self, rows: int, state: Tensor) -> None:
+        """Go on from `rows` rows that were written into the empty cache and what `waiting_state` gave then."""
+        self.cache.advance(rows)
+        self._waiting, self._first = [state] if len(state) else [], rows
+
+    @property
+    def rows(self) -> Tensor:
+        """Its latents as stored, [rows, width]."""
+        (layer,) = self.cache.layers
+        return self.cache.reserve(layer, 0)
+
+    def settled(self, token_ids: Sequence[int]) -> int:
+        """How many rows there are of `token_ids`, those in the main cache, with all that can be made."""
+        if self._waiting:
+            self.settle(token_ids)
+        return self.cache.length
+
+    def append(self, rows: Tensor) -> None:
+        """Go on from rows that were kept elsewhere, as stored; with the last, those of all tokens are there."""
+        (layer,) = self.cache.layers
+        self.cache.reserve(layer, len(rows))[self.cache.length :] = rows
+        self.cache.advance(len(rows))
+        self._waiting, self._first = [], self.cache.length
+
     def settle(self, token_ids: Sequence[int]) -> None:
         """Put the states that wait into the cache, but for the last, whose next token is not known."""
         start = self.cache.length

@@ -11,9 +11,9 @@ from localmoe.errors import TemplateError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from localmoe.engine import Engine
     from localmoe.explain import PartTimer
     from localmoe.generate import Stats, Step
-    from localmoe.load import Engine
     from localmoe.speculative import SpeculationStats
     from localmoe.text import Message, Segment, ThinkingSplitter
 
@@ -31,6 +31,8 @@ class Request:
     thinking: bool | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
+    constraint: Mapping[str, Any] = field(default_factory=dict)
+    """`schema`, `grammar` or `choice`, as `Engine.generate` takes them."""
 
 
 @dataclass
@@ -42,12 +44,14 @@ class Answer:
     thinking: str = ""
     finish_reason: FinishReason = "interrupted"
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, found in the latent cache
     completion_tokens: int = 0
     prefill_seconds: float | None = None
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
     logprobs: list[dict[str, Any]] | None = None
     speculation: SpeculationStats | None = None
+    fulfils_grammar: bool | None = None
     sampling_seconds: float = 0.0
     thinking_tokens: int = 0
     thinking_seconds: float = 0.0
@@ -147,6 +151,7 @@ def _steps(engine: Engine, prompt: str | Sequence[Message], request: Request, re
         logit_bias=request.logit_bias,
         top_logprobs=request.top_logprobs or 0,
         **sampling,
+        **request.constraint,
     )
 
 
@@ -159,11 +164,13 @@ def _logprobs(engine: Engine, step: Step) -> dict[str, Any]:
 
 def _take(answer: Answer, stats: Stats) -> None:
     answer.prompt_tokens = stats.prompt_tokens
+    answer.reused_tokens = stats.reused_tokens
     answer.completion_tokens = stats.completion_tokens
     answer.prefill_seconds = stats.prefill_seconds
     answer.decode_seconds = stats.decode_seconds
     answer.decode_tokens_per_second = stats.decode_tokens_per_second
     answer.speculation = stats.speculation
+    answer.fulfils_grammar = stats.fulfils_grammar
     answer.sampling_seconds = stats.sampling_seconds
 
 
@@ -173,3 +180,12 @@ def guesses(speculation: SpeculationStats) -> str:
         return f"{speculation.drafter}: nothing guessed"
     counted = f"{speculation.accepted_tokens} of {speculation.drafted_tokens} guesses"
     return f"{speculation.drafter}: {counted} right ({speculation.acceptance_rate:.0%}), {speculation.drafts} at a time"
+
+
+def unmet(answer: Answer) -> str | None:
+    """What is wrong with an answer that ended before it was what a schema, grammar or choice asks, if that is so."""
+    if answer.fulfils_grammar is not False or answer.finish_reason == "interrupted":
+        return None
+    why = "it was cut off" if answer.finish_reason == "length" else "it ended too early"
+    more = "; allow more tokens with -n or --ctx" if answer.finish_reason == "length" else ""
+    return f"the answer does not fulfil what was asked of it: {why}{more}"

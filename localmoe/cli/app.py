@@ -23,6 +23,7 @@ from localmoe.errors import LocalMoeError, UsageError
 COMMANDS = {  # name: its module in localmoe.cli, its function there, what the list of commands says
     "run": ("run", "run", "Ask one thing; the answer alone on stdout."),
     "chat": ("chat", "chat", "Talk with a model."),
+    "sessions": ("sessions", "sessions", "The conversations that --session keeps."),
     "pull": ("models", "pull", "Download a model, every file checked."),
     "quantize": ("quantize", "quantize", "Make a 4-bit model of a source."),
     "eval": ("evaluate", "evaluate", "Perplexity, and the distance to the source."),

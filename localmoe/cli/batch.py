@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmoe.cli import streams
-from localmoe.cli.answer import collect
+from localmoe.cli.answer import collect, unmet
 from localmoe.cli.config_file import ANSWER, SAMPLING, check_value
 from localmoe.cli.prompt import decode
 from localmoe.cli.values import suggestion
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from localmoe.cli.answer import Answer, Request
     from localmoe.cli.asking import Form
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
     from localmoe.text import Message
 
 _SETTINGS = {**SAMPLING, **{name: ANSWER[name] for name in ("max_tokens", "seed", "stop", "think")}}
@@ -119,7 +119,10 @@ def _answer(engine: Engine, line: bytes, shared: Shared, tally: Tally, number: i
     tally.completion_tokens += answer.completion_tokens
     tally.decode_seconds += answer.decode_seconds
     tally.interrupted = answer.finish_reason == "interrupted"
-    return head | shared.record(answer)
+    problem = unmet(answer)
+    tally.failed += problem is not None
+    wrong = {} if problem is None else {"error": {"kind": "grammar", "message": problem}}
+    return head | shared.record(answer) | wrong
 
 
 def _read(line: bytes, number: int) -> dict[str, Any]:

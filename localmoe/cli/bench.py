@@ -14,7 +14,7 @@ from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
     from localmoe.benchmark import Benchmark
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
 
 _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",

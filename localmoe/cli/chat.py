@@ -6,21 +6,26 @@ import base64
 import difflib
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from localmoe.cli import model_argument, options, settings, speed, streams, transcript
-from localmoe.cli.answer import Answer, Request, collect, guesses, splitter
+from localmoe.cli.answer import Answer, Request, collect, splitter
+from localmoe.cli.chat_words import afterword, recap, statistics
 from localmoe.cli.conversation import Conversation
+from localmoe.cli.kept import Kept, turns_to_drop
 from localmoe.cli.status import folded, status
-from localmoe.errors import ContextOverflowError, LocalMoeError, UsageError
+from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from localmoe.cli.conversation import Conversation
     from localmoe.cli.model_switch import ModelSwitch
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
 
 COMMANDS = {
     "/help": "this list",
@@ -61,6 +66,8 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
+    session: options.Session = None,
+    when_full: options.WhenFull = None,
     think: options.Think = None,
     device: options.Device = "auto",
     kernels: options.KernelTier = "auto",
@@ -82,6 +89,7 @@ def chat(
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
     options.check_stop(stop)
+    options.check_when_full(when_full)
     if not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout)):
         raise UsageError("chat needs a terminal; in a pipe or a script use localmoe run")
 
@@ -89,35 +97,54 @@ def chat(
     from localmoe.cli.model_switch import ModelSwitch
     from localmoe.cli.opening import label, open_engine
 
-    resolved, engine = open_engine(model, machine, yes=yes)
-    with engine:
-        request = Request(
-            sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),
-            max_tokens=max_tokens,
-            seed=seed,
-            stop=stop or (),
-            thinking=settings.thinking(think, "chat", engine),
-            logit_bias=bias,
-        )
-        conversation = Conversation(settings.system(system, "chat"))
-        splitter(engine, conversation.asking("?"), think)  # a model that cannot chat says so before the first question
-        talk = Chat(engine, label(resolved), request, conversation, explains=explain_speed)
-        talk.switch = ModelSwitch(resolved, machine, flags, yes=yes)
-        try:
-            talk.talk(LineEditor([name.split()[0] for name in COMMANDS], talk.status).read)
-        finally:
-            talk.close()
+    with Kept.open(session) as kept:
+        machine = kept.machine(machine)
+        resolved, engine = open_engine(model, machine, yes=yes)
+        with engine:
+            request = Request(
+                sampling=settings.sampling(kept.flags(flags), resolved.name, engine.generation_defaults),
+                max_tokens=max_tokens,
+                seed=seed,
+                stop=stop or (),
+                thinking=settings.thinking(think, "chat", engine),
+                logit_bias=bias,
+            )
+            conversation = kept.conversation(settings.system(system, "chat"))
+            splitter(engine, conversation.asking("?"), think)  # one that cannot chat says so before the first question
+            kept.restore(engine, label(resolved))
+            talk = Chat(engine, label(resolved), kept.request(request), conversation, kept)
+            talk.explains = explain_speed
+            talk.switch = ModelSwitch(resolved, machine, flags, yes=yes)
+            editor = LineEditor([name.split()[0] for name in COMMANDS], talk.status)
+            asking = Asking(editor.read, editor.choose if when_full is None else lambda _: when_full == "drop")
+            try:
+                with streams.ending_signals():
+                    talk.talk(asking)
+            except SystemExit as leaving:
+                raise typer.Exit(int(leaving.code or 0)) from None
+            finally:
+                talk.close()
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The person at the keyboard."""
+
+    read: Callable[[str], str | None]
+    """The next line, beginning with the draft given; None when the person leaves (Ctrl-D, Ctrl-C twice)."""
+    choose: Callable[[str], bool]
+    """Whether the question given is answered with yes; anything but a yes is a no."""
 
 
 class Chat:
     """The loop: read a line, obey it or answer it."""
 
-    def __init__(
-        self, engine: Engine, name: str, request: Request, conversation: Conversation, *, explains: bool = False
-    ) -> None:
+    def __init__(self, engine: Engine, name: str, request: Request, conversation: Conversation, kept: Kept) -> None:
         self.switch: ModelSwitch | None = None  # what /model changes the model with
-        self._explains = explains  # the speed of every answer
+        self.explains = False  # the speed of every answer
         self._engine = engine
+        self._kept = kept
+        self._choose: Callable[[str], bool] = lambda question: False
         self._name = name
         self._request = request
         self._conversation = conversation
@@ -139,23 +166,61 @@ class Chat:
         draft, self._draft = self._draft, ""
         return draft
 
-    def talk(self, read: Callable[[str], str | None]) -> None:
-        """Until `read` gives None (Ctrl-D, Ctrl-C twice) or the user types /exit."""
+    def talk(self, asking: Asking) -> None:
+        """Until the person leaves. A session is written after answers, now and then, and at the end: whoever leaves
+        while that fails is told first, and has the chance to stay."""
+        self._choose = asking.choose
         _say(f"{self._name} · context {self._engine.max_context} tokens · /help lists the commands")
-        while (line := read(self._next_draft())) is not None:
-            text = line.strip()
-            if text == "/exit":
-                return
-            try:
-                if text.startswith("/") and "/" not in text[1:].partition(" ")[0]:  # a path begins a question
-                    self._obey(text)
-                elif text:
-                    attached, self._attached = self._attached, []
-                    self._answer("\n".join([line, *attached]))
-            except KeyboardInterrupt:  # between two pieces of work; the conversation is whole
-                _say("\nstopped")
-            except LocalMoeError as error:
-                _say(f"{error}")
+        if self._kept.name is not None:
+            _say(recap(self._kept, self._conversation))
+        try:
+            while True:
+                self._listen(asking)
+                if self._save_session():
+                    return
+                _say("the conversation is still here: make room, or leave again to lose it (/save NAME keeps its text)")
+                if self._listen_once(asking) is None:
+                    break
+        except SystemExit:  # the terminal was closed, or the machine shuts down
+            self._save_session()
+            raise
+        raise StorageError(f"session {self._kept.name} could not be written")
+
+    def _listen(self, asking: Asking) -> None:
+        while self._listen_once(asking) is not None:
+            pass
+
+    def _listen_once(self, asking: Asking) -> str | None:
+        """Read a line and do what it says; None when it was to leave."""
+        line = asking.read(self._next_draft())
+        text = "/exit" if line is None else line.strip()
+        if text == "/exit" or line is None:
+            return None
+        try:
+            if text.startswith("/") and "/" not in text[1:].partition(" ")[0]:  # a path begins a question
+                self._obey(text)
+            elif text:
+                attached, self._attached = self._attached, []
+                self._answer("\n".join([line, *attached]))
+        except KeyboardInterrupt:  # between two pieces of work; the conversation is whole
+            _say("\nstopped")
+        except LocalMoeError as error:
+            _say(f"{error}")
+        return text
+
+    def _save_session(self) -> bool:
+        """Whether the session is on disk, or there is none to keep."""
+        if self._kept.is_new and not self._conversation.turns:
+            return True
+        try:
+            self._kept.save(self._engine, self._name, self._conversation, self._request)
+        except LocalMoeError as error:
+            _say(f"{error}")
+            return False
+        except KeyboardInterrupt:
+            _say("the session was not written")
+            return False
+        return True
 
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
@@ -313,7 +378,7 @@ class Chat:
 
         answer = Answer()
         view = AnswerView(answer, show_thinking=self._shows_thinking)
-        timed = speed.timer(self._engine) if self._explains else None
+        timed = speed.timer(self._engine) if self.explains else None
         try:
             with streams.no_echo():
                 collect(
@@ -321,22 +386,38 @@ class Chat:
                 )
         except ContextOverflowError:
             self._unanswered = None
-            _say(
-                f"the conversation no longer fits the context of {self._engine.max_context} tokens; the last message "
-                "was not added. /reset begins a new one, a shorter message may still fit"
-            )
-            return False
+            return self._make_room(question) and self._answer(question)
         finally:
             view.finish()
         self._last = answer
-        _say(self._afterword(answer) + "\n")
+        _say(afterword(answer, self._engine.max_context) + "\n")
         if timed is not None:
             speed.tell(speed.of_answer(self._engine, timed, answer))
         if not answer.text:
             return False
         self._unanswered = None
         self._conversation.add(question, answer.text)
+        if self._kept.is_due:
+            self._save_session()
         return True
+
+    def _make_room(self, question: str) -> bool:
+        """Let go of old turns for `question`, if the person wants it so."""
+        count = turns_to_drop(self._engine, self._conversation, question, self._request.thinking)
+        turns = len(self._conversation.turns)
+        _say(f"the conversation no longer fits the context of {self._engine.max_context} tokens")
+        if not count:
+            _say("the last message was not added: even alone it is too long")
+        elif self._choose(f"Drop the oldest {count} of {turns} turns and go on?"):
+            self._conversation.drop_oldest(count)
+            _say(f"dropped; {turns - count} turns are left")
+            return True
+        else:
+            _say("the last message was not added. /reset begins a new conversation, a shorter message may still fit")
+        return False
+
+    def _statistics(self) -> str:
+        return statistics(self._engine, self._name, self._request, self._conversation, self._last, self._kept)
 
     def _numbered(self) -> Request:
         """The request with a seed of its own, so that with --seed the chat repeats but /regen does not."""
@@ -344,41 +425,6 @@ class Chat:
         if seed is not None:
             self._request = replace(request, seed=(seed + 1) % (1 << 63))
         return request
-
-    def _afterword(self, answer: Answer) -> str:
-        words = [f"{answer.completion_tokens} tokens"]
-        if answer.decode_tokens_per_second:
-            words.append(f"{answer.decode_tokens_per_second:.1f} tokens/s")
-        used = answer.prompt_tokens + answer.completion_tokens
-        words.append(f"context {used}/{self._engine.max_context}")
-        if answer.finish_reason == "interrupted":
-            words.append("stopped" if answer.text else "stopped before the first word; /regen asks again")
-        elif answer.finish_reason == "length":
-            full = used >= self._engine.max_context
-            words.append("the context is full; /reset begins a new conversation" if full else "cut off by -n")
-        return " · ".join(words)
-
-    def _statistics(self) -> str:
-        engine = self._engine
-        lines = [
-            f"model     {self._name} ({engine.path})",
-            f"kernels   {engine.kernels.tier}",
-            f"sampling  {settings.as_text(self._request.sampling)}",
-            f"turns     {len(self._conversation.turns)}",
-        ]
-        last = self._last
-        if last is None:
-            return "\n".join([*lines, f"context   0 of {engine.max_context} tokens"])
-        used = last.prompt_tokens + last.completion_tokens
-        lines.append(f"context   {used} of {engine.max_context} tokens ({used / engine.max_context:.0%})")
-        prefill = f"prompt {last.prompt_tokens} tokens"
-        if last.prefill_seconds is not None:
-            prefill += f" in {last.prefill_seconds:.2f} s"
-        speed = f" at {last.decode_tokens_per_second:.1f} tokens/s" if last.decode_tokens_per_second else ""
-        lines.append(f"last      {prefill}, answer {last.completion_tokens} tokens{speed}")
-        if last.speculation is not None:
-            lines.append(f"guesses   {guesses(last.speculation)}")
-        return "\n".join(lines)
 
 
 def _say(text: str) -> None:

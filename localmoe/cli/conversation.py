@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from localmoe.text import Message
 
 
@@ -32,6 +34,22 @@ class Conversation:
             messages.append({"role": "assistant", "content": turn.answer})
         return [*messages, {"role": "user", "content": question}]
 
+    @property
+    def messages(self) -> list[Message]:
+        """Everything said so far."""
+        return self.asking("")[:-1]
+
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> Conversation:
+        """What `messages` gave. Raises ValueError where the roles do not alternate."""
+        rest = list(messages)
+        system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else None
+        roles = [message["role"] for message in rest]
+        if len(rest) % 2 or roles != ["user", "assistant"] * (len(rest) // 2):
+            raise ValueError("questions and answers do not alternate")
+        pairs = zip(rest[::2], rest[1::2], strict=True)
+        return cls(system, [Turn(question["content"], answer["content"]) for question, answer in pairs])
+
     def add(self, question: str, answer: str) -> None:
         """Remember a turn."""
         self.turns.append(Turn(question, answer))
@@ -39,6 +57,10 @@ class Conversation:
     def take_back(self) -> Turn | None:
         """Forget the last turn and return it."""
         return self.turns.pop() if self.turns else None
+
+    def drop_oldest(self, count: int) -> None:
+        """Forget the first `count` turns; the system prompt stays."""
+        del self.turns[:count]
 
     def reset(self) -> None:
         """Forget every turn; the system prompt stays."""

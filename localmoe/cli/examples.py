@@ -84,6 +84,13 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     "config unset": (("Back to the default", "localmoe config unset sampling.temperature"),),
     "config path": (("To keep a copy", 'cp "$(localmoe config path)" config.toml'),),
     "config edit": (("With an editor of your choice", "EDITOR=nano localmoe config edit"),),
+    "sessions": (
+        ("Keep a conversation", "localmoe chat demo --session dragons"),
+        ("Go on with it in a script", "localmoe run demo --session dragons 'And then?'"),
+        ("What is kept", "localmoe sessions"),
+        ("What was said", "localmoe sessions show dragons"),
+        ("Forget it", "localmoe sessions rm dragons"),
+    ),
     "templates": (
         ("Save a prompt", "localmoe templates add translate 'Translate into {to}: {input}' --param to=English"),
         ("Use it", "localmoe run demo --template translate --param to=French 'Good morning'"),

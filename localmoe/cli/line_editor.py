@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from prompt_toolkit import PromptSession
+from prompt_toolkit import PromptSession, prompt
 from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
@@ -64,6 +64,14 @@ class LineEditor:
                 warned = True
                 streams.write("Ctrl-C again, Ctrl-D or /exit leaves", faint=True)
                 streams.write("\n")
+
+    def choose(self, question: str) -> bool:
+        """Whether the user says yes to `question`; no answer is a no."""
+        try:
+            answer: str = prompt(f"{question} [y/N] ")
+        except (EOFError, KeyboardInterrupt):
+            return False
+        return answer.strip().lower() in ("y", "yes")
 
 
 class _Completer(Completer):

@@ -14,7 +14,7 @@ from localmoe.errors import LocalMoeError
 
 if TYPE_CHECKING:
     from localmoe.cli.options import Machine
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
     from localmoe.store import Resolved
 
 

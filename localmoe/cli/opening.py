@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from localmoe.cli.options import Machine
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
     from localmoe.offload.counts import ExpertCounts
     from localmoe.store import Resolved
 

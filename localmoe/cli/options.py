@@ -129,6 +129,25 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", show_default=False, help="End the answer before TEXT. May be repeated."),
 ]
+Session = Annotated[
+    str | None,
+    typer.Option(
+        "--session",
+        metavar="NAME",
+        show_default=False,
+        help="Go on with the conversation kept under NAME, or begin it; what was computed is kept with it.",
+    ),
+]
+WhenFull = Annotated[
+    str | None,
+    typer.Option(
+        "--when-full",
+        metavar="HOW",
+        show_default=False,
+        help="Where a conversation no longer fits the context: drop its oldest turns, or stop.  "
+        "[default: chat asks, run stops]",
+    ),
+]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system prompt.")]
 
 
@@ -204,6 +223,12 @@ def parse_bias(entries: list[str] | None) -> dict[int, float]:
             raise UsageError(f"--logit-bias: {entry!r} is not ID=B, a token id and a number up to 10000 or -inf")
         found[int(token_id)] = bias if bias == -math.inf else max(bias, -_MOST_BIAS)
     return found
+
+
+def check_when_full(how: str | None) -> None:
+    """Raises UsageError for another word than drop or stop."""
+    if how not in (None, "drop", "stop"):
+        raise UsageError(f"--when-full: {how!r} is neither drop nor stop")
 
 
 def check_stop(words: list[str] | None) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from localmoe.cli.options import Machine
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
     from localmoe.store import Resolved
 
 KEYS = (

@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams
-from localmoe.cli.answer import Answer, Request, collect, guesses
-from localmoe.cli.failure import INTERRUPTED
-from localmoe.errors import StorageError, UsageError
+from localmoe.cli.answer import Answer, Request, collect, guesses, unmet
+from localmoe.cli.failure import INTERRUPTED, Failure, describe
+from localmoe.cli.kept import Kept, turns_to_drop
+from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from typing import BinaryIO, TextIO
 
-    from localmoe.load import Engine
+    from localmoe.cli.conversation import Conversation
+    from localmoe.engine import Engine
     from localmoe.speculative import SpeculationStats
-    from localmoe.text import Segment
+    from localmoe.text import Message, Segment
 
 _JSON_KEYS = (
-    "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, completion_tokens, "
-    "prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter (mtp, lookup), drafts (at "
-    "a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with --logprobs also logprobs "
-    "[{id, text, logprob, top [{id, text, logprob}]}], thinking included, with --explain-speed also " + speed.KEYS
+    "model, text, thinking, finish_reason (stop, length, interrupted), prompt_tokens, reused_tokens (found in a "
+    "session), completion_tokens, prefill_seconds, decode_seconds, decode_tokens_per_second, speculation {drafter "
+    "(mtp, lookup), drafts (at a time), passes, drafted_tokens, accepted_tokens, acceptance_rate} or null, with "
+    "--logprobs also logprobs [{id, text, logprob, top [{id, text, logprob}]}], thinking included, with "
+    "--explain-speed also " + speed.KEYS
 )
 
 
@@ -62,9 +65,23 @@ def run(
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
+    session: options.Session = None,
+    when_full: options.WhenFull = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")
     ] = False,
+    schema: Annotated[
+        Path | None,
+        typer.Option("--schema", metavar="FILE", help="Answer in JSON that fulfils the JSON schema in FILE."),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option("--grammar", metavar="FILE", help="Answer in the language of a grammar (Lark or GBNF) in FILE."),
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option("--choice", metavar="TEXT", show_default=False, help="Answer with one of these. Repeat it."),
+    ] = None,
     think: options.Think = None,
     show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False,
     logprobs: Annotated[
@@ -98,6 +115,8 @@ def run(
 
     The prompt is PROMPT, a newline, then standard input less one final newline. The answer streams as it comes;
     statistics go to stderr when that is a terminal. The answer ends in a newline (with --raw, as it ends).
+    --schema, --grammar and --choice hold the answer (not the thinking) to a form; status 1 when it was cut off.
+    With --session NAME the question follows what was said under that name, and the answer is kept with it.
 
     With --jsonl each line is a JSON text or an object: prompt or messages, and if wanted id, system, params, seed,
     stop, think, max_tokens, temperature and the like. Each answer is an object with line, id and the keys of --json
@@ -110,11 +129,15 @@ def run(
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
+    if session is not None and (raw or jsonl is not None):
+        raise UsageError("--session keeps a conversation, and --raw and --jsonl go without one")
     if raw and (system is not None or think is not None or show_thinking or think_to is not None):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
     if logprobs is not None and not as_json and jsonl is None:
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
     options.check_stop(stop)
+    options.check_when_full(when_full)
+    constraint = _constraint(schema, grammar, choice)
     form = asking.form(raw, system, template, param)
     if jsonl is not None and (as_json or think_to is not None or show_thinking):
         raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
@@ -129,33 +152,46 @@ def run(
     from localmoe.cli.opening import label, open_engine
 
     thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
-    resolved, engine = open_engine(model, machine, yes=yes)
-    with engine:
-        request = Request(
-            sampling=settings.sampling(flags, resolved.name, engine.generation_defaults),
-            max_tokens=max_tokens,
-            seed=seed,
-            stop=stop or (),
-            thinking=None if raw else settings.thinking(think, "run", engine, form.wishes_thinking),
-            logit_bias=bias,
-            top_logprobs=logprobs,
-        )
-        if lines is not None:
-            _answer_lines(engine, lines, batch.Shared(text, form, request, _record))
-            return
-        printer = _Printer(answer=not as_json, thinking=show_thinking)
-        timed = speed.timer(engine) if explain_speed else None
-        answer = collect(engine, asked, request, printer.show, timed=timed)
-        printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
-        if thoughts is not None:
-            _write_thinking(think_to, thoughts, answer.thinking)
-        why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
-        if as_json:
-            explained = {key: speed.as_json(value) for key, value in why.items()}
-            streams.write_json({"model": label(resolved), **_record(answer)} | explained)
-        streams.remark(statistics(answer, engine.max_context))
-        if why and not as_json:
-            speed.tell(why["speed"])
+    with Kept.open(session) as kept:
+        resolved, engine = open_engine(model, kept.machine(machine), yes=yes)
+        with engine:
+            kept.restore(engine, label(resolved))
+            request = Request(
+                sampling=settings.sampling(kept.flags(flags), resolved.name, engine.generation_defaults),
+                max_tokens=max_tokens,
+                seed=seed,
+                stop=stop or (),
+                thinking=None if raw else settings.thinking(think, "run", engine, form.wishes_thinking),
+                logit_bias=bias,
+                top_logprobs=logprobs,
+                constraint=constraint,
+            )
+            request = kept.request(request)
+            if lines is not None:
+                _answer_lines(engine, lines, batch.Shared(text, form, request, _record))
+                return
+            turn = _Turn.of(kept, asked)
+            if turn is not None:
+                asked = turn.messages(engine, request.thinking, when_full)
+            printer = _Printer(answer=not as_json, thinking=show_thinking)
+            timed = speed.timer(engine) if explain_speed else None
+            answer = collect(engine, asked, request, printer.show, timed=timed, reuse_prefix=turn is not None)
+            printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
+            kept_wrong = None if turn is None else turn.keep(engine, label(resolved), answer, request)
+            failure = _unmet(answer) or kept_wrong
+            if thoughts is not None:
+                _write_thinking(think_to, thoughts, answer.thinking)
+            why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
+            if as_json:
+                explained = {key: speed.as_json(value) for key, value in why.items()}
+                wrong = {} if failure is None else {"error": {"kind": failure.kind, "message": failure.message}}
+                streams.write_json({"model": label(resolved), **_record(answer)} | explained | wrong)
+            streams.remark(statistics(answer, engine.max_context))
+            if why and not as_json:
+                speed.tell(why["speed"])
+    if failure is not None:
+        streams.tell(f"localmoe: {failure.message}")
+        raise typer.Exit(failure.exit_code)
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
@@ -177,6 +213,74 @@ def _open_for_thinking(path: Path) -> TextIO:
         return path.open("a", encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
+
+
+def _constraint(schema: Path | None, grammar: Path | None, choice: list[str] | None) -> dict[str, Any]:
+    """What the answer has to be, for `Engine.generate`. Raises UsageError for more than one, InputError for a file
+    that cannot be read."""
+    given = {"schema": schema, "grammar": grammar, "choice": choice}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if len(asked) > 1:
+        raise UsageError(f"--{' and --'.join(asked)}: an answer can be held to one of them")
+    if choice is not None and "" in choice:
+        raise UsageError("--choice: an empty text is no answer")
+    return {name: prompt.read_file(value) if isinstance(value, Path) else value for name, value in asked.items()}
+
+
+def _unmet(answer: Answer) -> Failure | None:
+    """The failure of an answer that is not what it had to be."""
+    problem = unmet(answer)
+    return None if problem is None else Failure("grammar", problem, 1)
+
+
+class _Turn:
+    """A session's next turn."""
+
+    def __init__(self, kept: Kept, conversation: Conversation, question: str) -> None:
+        self._kept = kept
+        self._conversation = conversation
+        self._question = question
+
+    @classmethod
+    def of(cls, kept: Kept, asked: str | list[Message]) -> _Turn | None:
+        """What is asked, after what was said before; None where nothing is kept."""
+        if kept.name is None or isinstance(asked, str):
+            return None
+        system = asked[0]["content"] if asked[0]["role"] == "system" else None
+        return cls(kept, kept.conversation(system), asked[-1]["content"])
+
+    def messages(self, engine: Engine, thinking: bool | None, when_full: str | None) -> list[Message]:
+        """The whole conversation, without its oldest turns where it no longer fits and that was asked for.
+
+        Raises ContextOverflowError where it does not fit.
+        """
+        conversation, question = self._conversation, self._question
+        used = len(engine.prompt_ids(conversation.asking(question), thinking=thinking))
+        if used < engine.max_context:
+            return conversation.asking(question)
+        count = turns_to_drop(engine, conversation, question, thinking)
+        name, turns = self._kept.name, len(conversation.turns)
+        full = f"session {name} and the prompt have {used:,} tokens and the context holds {engine.max_context:,}"
+        if not count:
+            raise ContextOverflowError(f"{full}; even alone the prompt is too long: shorten it")
+        if when_full != "drop":
+            raise ContextOverflowError(f"{full}; --when-full drop lets go of the oldest {count} of {turns} turns")
+        conversation.drop_oldest(count)
+        streams.remark(f"the context is full: dropped the oldest {count} turns, {turns - count} are left")
+        return conversation.asking(question)
+
+    def keep(self, engine: Engine, name: str, answer: Answer, request: Request) -> Failure | None:
+        """Write the session with this turn; what went wrong, if something did. An answer that was interrupted is asked
+        for again, so it is no turn."""
+        if answer.finish_reason == "interrupted" or not answer.text:
+            return None
+        self._conversation.add(self._question, answer.text)
+        seed = None if request.seed is None else (request.seed + 1) % (1 << 63)
+        try:
+            self._kept.save(engine, name, self._conversation, replace(request, seed=seed))
+        except LocalMoeError as error:
+            return describe(error)
+        return None
 
 
 def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
@@ -213,6 +317,7 @@ def _record(answer: Answer) -> dict[str, Any]:
         "thinking": answer.thinking or None,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
+        "reused_tokens": answer.reused_tokens,
         "completion_tokens": answer.completion_tokens,
         "prefill_seconds": answer.prefill_seconds,
         "decode_seconds": answer.decode_seconds,

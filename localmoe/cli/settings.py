@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
 
 GREEDY: dict[str, float] = {
     "temperature": 0.0,

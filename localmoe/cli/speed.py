@@ -11,8 +11,8 @@ from localmoe.cli import streams
 if TYPE_CHECKING:
     from localmoe.benchmark import Benchmark
     from localmoe.cli.answer import Answer
+    from localmoe.engine import Engine
     from localmoe.explain import Explanation, PartTimer, Sample
-    from localmoe.load import Engine
 
 KEYS = (
     "speed {tokens, tokens_per_second, milliseconds_per_token {part: ms}, bytes_per_token {part: bytes}, "

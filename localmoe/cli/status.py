@@ -10,7 +10,7 @@ from localmoe.cli.styled import width
 
 if TYPE_CHECKING:
     from localmoe.cli.answer import Answer
-    from localmoe.load import Engine
+    from localmoe.engine import Engine
 
 _BETWEEN = " · "
 

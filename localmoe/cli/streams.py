@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
+import signal
 import sys
 import termios
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from localmoe.cli.sanitize import printable
@@ -115,7 +116,27 @@ def dim(text: str, stream: TextIO | None) -> str:
     return f"\x1b[2m{text}\x1b[0m" if text and can_style(stream) else text
 
 
-@contextmanager
+@contextlib.contextmanager
+def ending_signals() -> Iterator[None]:
+    """Let SIGHUP (the terminal was closed) and SIGTERM raise SystemExit, with the status a shell would see, so that
+    what is not yet on disk can be put there. For the main thread."""
+
+    def leave(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt what the first one began
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def no_echo() -> Iterator[None]:
     """Keep what is typed, Ctrl-C's ^C too, from being drawn into what is being shown; it waits for the next prompt."""
     try:

@@ -77,6 +77,11 @@ class LatentCache:
         return self._length
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Their indices."""
+        return tuple(self._rows)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated now, over all layers."""
         return sum(rows.nbytes for rows in self._rows.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-_OPEN, _CLOSE = "<think>", "</think>"
+_OPEN, THINKING_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class ThinkingSplitter:
             self._state = "answer"
 
     def _think(self, segments: list[Segment]) -> None:
-        end = self._held.find(_CLOSE)
+        end = self._held.find(THINKING_END)
         if end < 0:
-            self._give(segments, "thinking", len(self._held) - overlap(self._held, _CLOSE))
+            self._give(segments, "thinking", len(self._held) - overlap(self._held, THINKING_END))
             return
         self._give(segments, "thinking", end)
-        self._held = self._held[len(_CLOSE) :]
+        self._held = self._held[len(THINKING_END) :]
         self._state = "closed"
 
     def _give(self, segments: list[Segment], kind: Literal["thinking", "answer"], length: int) -> None:

@@ -32,7 +32,7 @@ class Tokenizer:
     ) -> None:
         """`definition` is the text of a `tokenizer.json`; `add_bos` is what `tokenizer_config.json` says, None
         when it says nothing (then the tokenizer's own post-processor decides). Raises ValueError."""
-        self._definition = definition
+        self.definition = definition
         self._rust = _build(definition)
         self.special_tokens = special_tokens
         self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
@@ -107,7 +107,7 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same tokenizer knowing no added tokens: whatever a text spells stays a text."""
-        definition: dict[str, Any] = json.loads(self._definition)
+        definition: dict[str, Any] = json.loads(self.definition)
         definition["added_tokens"] = []
         return _build(json.dumps(definition))
 

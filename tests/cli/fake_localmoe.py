@@ -8,14 +8,16 @@ FAKE_TTY makes stdin its controlling terminal.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from localmoe.errors import CheckpointError, ContextOverflowError
+from localmoe.errors import CheckpointError, ContextOverflowError, StorageError
+from localmoe.sessions import read_facts
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class FakeStats:
     reused_tokens: int = 0
     speculation: FakeSpeculation | None = None
     sampling_seconds: float = 0.0
+
+    @property
+    def fulfils_grammar(self) -> bool | None:
+        return None
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -78,6 +84,8 @@ class FakeEngine:
     speculation: FakeSpeculation | None = None
     placement: None = None
     closed: bool = False
+    opened: tuple | None = None
+    cache_dtype: str = "bf16"
 
     def __enter__(self):
         return self
@@ -91,6 +99,23 @@ class FakeEngine:
     @property
     def chat_template(self) -> FakeTemplate | None:
         return None if self.template == "none" else FakeTemplate(self.template)
+
+    @property
+    def cache_bytes(self) -> int:
+        return 2048 * len(self.calls)
+
+    def save_session(self, path, facts):
+        if os.environ.get("FAKE_DISK") == "full" or (path.parent / "full").exists():
+            raise StorageError(f"{path}: the session cannot be written (9 bytes): No space left on device")
+        used = len(self.prompt_ids(facts.messages))
+        facts = replace(facts, model_hash="0" * 64, tokens=used)
+        header = json.dumps({"__metadata__": facts.to_metadata()}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        return facts
+
+    def open_session(self, path, *, model="this model"):
+        self.opened = (path, model)
+        return read_facts(path)
 
     def prompt_ids(self, prompt, *, thinking=None, add_bos=True) -> list[int]:
         text = prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from localmoe import sessions
 from localmoe.cli.conversation import Conversation
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[=>78]|\([A-Z])")
@@ -91,9 +92,9 @@ class Typist:
 def sit_down(program) -> Iterator:
     typists: list[Typist] = []
 
-    def start(*arguments: str, **environment: str) -> Typist:
+    def start(*arguments: str, columns: int = 100, **environment: str) -> Typist:
         program.environment |= environment
-        typists.append(Typist(program, "chat", "demo", *arguments))
+        typists.append(Typist(program, "chat", "demo", *arguments, columns=columns))
         return typists[-1]
 
     yield start
@@ -185,18 +186,120 @@ def test_ctrl_c_at_the_prompt_hints_then_leaves(sit_down):
     assert typist.wait() == 0
 
 
-def test_a_full_context_is_said_and_the_conversation_kept(sit_down):
+def test_a_full_context_is_said_and_the_person_chooses(sit_down):
     typist = sit_down(FAKE_CONTEXT="12")
     typist.say("one two")
     typist.expect("context 6/12")
     typist.say("one two three four five six")
     typist.expect("no longer fits the context of 12 tokens")
+    typist.expect("Drop the oldest 1 of 1 turns and go on? [y/N]")
+    typist.type("\r")
+    typist.expect("the last message was not added")
     typist.say("one two three")
     typist.expect("the context is full; /reset")  # cut off by the context, and remembered
+    typist.say("seven")
+    typist.expect("Drop the oldest 2 of 2 turns and go on? [y/N]")
+    typist.type("y\r")
+    typist.expect("dropped; 0 turns are left")
+    typist.expect("context 5/12")
+    typist.say("one two")
+    typist.expect("context 11/12 · nearly full")
+    typist.say("x " * 20)
+    typist.expect("even alone it is too long")
+    typist.say("/stats")
+    typist.expect("turns     2")
     typist.say("/reset")
     typist.expect("forgotten")
     typist.say("one")
     typist.expect("context 5/12")
+
+
+@pytest.mark.parametrize(("how", "said"), [("drop", "dropped; 0 turns are left"), ("stop", "was not added")])
+def test_a_full_context_may_be_decided_beforehand(sit_down, how, said):
+    typist = sit_down("--when-full", how, FAKE_CONTEXT="12")
+    typist.say("one two")
+    typist.expect("context 6/12")
+    typist.say("one two three four five six")
+    typist.expect(said)
+    typist.expect(PROMPT)
+
+
+class TestSessions:
+    def test_a_chat_goes_on_where_it_was(self, sit_down):
+        typist = sit_down("--session", "s", "--seed", "4")
+        typist.expect("session s begins; it is kept until `localmoe sessions rm s`")
+        typist.say("Tell me a story")
+        typist.expect("context 8/64")
+        typist.say("/set temp 0.5")
+        typist.say("And then?")
+        typist.expect("context 14/64")
+        typist.say("/exit")
+        assert typist.wait() == 0
+        facts = sessions.read_facts(sessions.path_of("s"))
+        assert (len(facts.messages), facts.seed, facts.sampling["temperature"]) == (4, 6, 0.5)
+        again = sit_down("--session", "s", columns=40)
+        again.expect("session s goes on: 2 turns, 14 tokens\n  > Tell me a story\n    Once upon a time.\n  > And")
+        again.say("/stats")
+        again.expect("sampling  temperature 0.5")
+        again.expect("session   s")
+        again.expect("context   14 of 64 tokens (22%)")
+        again.say("More")
+        again.expect("context 19/64")
+        again.say("/stats")
+        again.expect("cache     2 KiB in bf16")
+        other = sit_down("--session", "s")
+        assert other.wait() == 1
+        assert "session s is open in another localmoe" in other.seen
+        again.say("/undo")
+        again.expect("2 turns are left")
+        again.expect(PROMPT)
+        again.type("\x04")
+        assert again.wait() == 0
+        assert len(sessions.read_facts(sessions.path_of("s")).messages) == 4
+
+    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+    @pytest.mark.parametrize("answering", [False, True])
+    def test_a_closed_terminal_loses_nothing(self, sit_down, number, answering):
+        typist = sit_down("--session", "s", FAKE_DELAY="0.2")
+        typist.say("Tell me a story")
+        typist.expect("context 8/64")
+        typist.say("/set temp 0.5")  # not yet in the file
+        typist.expect("temperature 0.5")
+        if answering:
+            typist.say("And then?")
+            typist.expect("upon")
+        else:
+            typist.expect(PROMPT)
+        typist.process.send_signal(number)
+        assert typist.wait() == 128 + number
+        facts = sessions.read_facts(sessions.path_of("s"))
+        assert facts.sampling["temperature"] == 0.5
+        assert len(facts.messages) == 2
+
+    def test_a_full_disk_is_said_and_leaving_is_asked_twice(self, sit_down, home):
+        (home / "sessions").mkdir()
+        full = home / "sessions" / "full"
+        full.touch()
+        typist = sit_down("--session", "s")
+        typist.say("Tell me a story")
+        typist.expect("No space left on device")
+        typist.say("/exit")
+        typist.expect("No space left on device")
+        typist.expect("the conversation is still here")
+        typist.say("And then?")
+        typist.expect("context 14/64")
+        full.unlink()
+        typist.say("/exit")
+        assert typist.wait() == 0
+        assert len(sessions.read_facts(sessions.path_of("s")).messages) == 4
+        full.touch()
+        typist = sit_down("--session", "s")
+        typist.say("More")
+        typist.say("/exit")
+        typist.expect("or leave again to lose it")
+        typist.say("/exit")
+        assert typist.wait() == 1
+        assert "session s could not be written" in typist.seen
 
 
 def test_thinking_is_dim_and_control_characters_are_gone(sit_down):
@@ -335,5 +438,9 @@ def test_conversation_alternates_roles():
     asked = conversation.asking("q2")
     assert [message["role"] for message in asked] == ["system", "user", "assistant", "user"]
     assert [message["content"] for message in asked] == ["s", "q1", "a1", "q2"]
+    assert Conversation.of(conversation.messages) == conversation
     assert conversation.take_back() is not None
     assert conversation.take_back() is None
+    for roles in (["user"], ["assistant", "user"], ["user", "assistant", "system", "user"]):
+        with pytest.raises(ValueError, match="alternate"):
+            Conversation.of([{"role": role, "content": "x"} for role in roles])

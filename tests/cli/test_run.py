@@ -159,6 +159,7 @@ def test_json(invoke, engine):
         "thinking": None,
         "finish_reason": "stop",
         "prompt_tokens": 4,
+        "reused_tokens": 0,
         "completion_tokens": 4,
         "prefill_seconds": 0.25,
         "decode_seconds": 0.5,
@@ -283,3 +284,43 @@ def test_logprobs_are_a_part_of_the_object(invoke, engine):
     assert engine.calls[0]["top_logprobs"] == 3
     assert found["logprobs"][0] == {"id": 1, "text": "<1>", "logprob": -0.5, "top": []}
     assert len(found["logprobs"]) == found["completion_tokens"]
+
+
+def test_what_an_answer_has_to_be_reaches_the_engine(invoke, engine, tmp_path: Path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    assert invoke("run", "demo", "Hi", "--schema", str(schema)).status == 0
+    assert invoke("run", "demo", "Hi", "--grammar", str(schema)).status == 0
+    assert invoke("run", "demo", "Hi", "--choice", "yes", "--choice", "no").status == 0
+    assert [call.get("schema") for call in engine.calls] == ['{"type": "object"}', None, None]
+    assert [call.get("grammar") for call in engine.calls] == [None, '{"type": "object"}', None]
+    assert [call.get("choice") for call in engine.calls] == [None, None, ["yes", "no"]]
+    for arguments, message in (
+        (("--schema", str(schema), "--choice", "x"), "--schema and --choice: an answer can be held to one of them"),
+        (("--choice", ""), "an empty text is no answer"),
+    ):
+        outcome = invoke("run", "demo", "Hi", *arguments)
+        assert outcome.status == 2
+        assert message in outcome.err
+    assert invoke("run", "demo", "Hi", "--schema", str(tmp_path / "none")).status == 1
+
+
+def test_an_answer_that_is_not_what_it_has_to_be_is_a_failure(invoke, engine, monkeypatch):
+    monkeypatch.setattr(sys.modules["fake_localmoe"].FakeStats, "fulfils_grammar", False)
+    outcome = invoke("run", "demo", "Hi", "--choice", "yes", "-n", "2")
+    assert (outcome.status, outcome.out) == (1, "Once upon\n")
+    assert outcome.err.startswith("localmoe: the answer does not fulfil what was asked of it: it was cut off; allow")
+    assert outcome.err.count("\n") == 1
+    outcome = invoke("run", "demo", "Hi", "--choice", "yes", "--json")
+    assert outcome.status == 1
+    assert outcome.json["text"] == "Once upon a time."
+    assert outcome.json["error"]["kind"] == "grammar"
+
+
+def test_a_line_whose_answer_is_not_what_it_has_to_be_has_an_error(invoke, engine, monkeypatch):
+    monkeypatch.setattr(sys.modules["fake_localmoe"].FakeStats, "fulfils_grammar", False)
+    outcome = invoke("run", "demo", "--jsonl", "-", "--choice", "yes", stdin=b'"Hi"\n')
+    assert outcome.status == 1
+    assert outcome.json["text"] == "Once upon a time."
+    assert outcome.json["error"]["kind"] == "grammar"
+    assert invoke("run", "demo", "--jsonl", "-", "--session", "s", stdin=b'"Hi"\n').status == 2

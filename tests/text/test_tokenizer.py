@@ -92,7 +92,7 @@ def test_a_damaged_tokenizer_config_is_named(write_tokenizer) -> None:
 
 
 def test_stored_truncation_and_padding_do_not_change_a_prompt(demo: Tokenizer) -> None:
-    rust = tokenizers.Tokenizer.from_str(demo._definition)
+    rust = tokenizers.Tokenizer.from_str(demo.definition)
     rust.enable_truncation(3)
     rust.enable_padding(length=50)
     ours = Tokenizer(rust.to_str(), special_tokens={}, add_bos=False, eos_ids=[])

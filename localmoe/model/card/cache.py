@@ -37,6 +37,11 @@ class CardCache(LatentCache):
         latents.holder = self
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Their indices, those on the card and the others."""
+        return tuple(sorted((*super().layers, *self._latents.rows)))
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated now, over all layers."""
         return super().nbytes + sum(rows.nbytes for rows in self._latents.rows.values())

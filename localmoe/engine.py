@@ -1,0 +1,328 @@
+"""An open model: what a program talks to. `localmoe.load` makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import (
+    CheckpointError,
+    ContextOverflowError,
+    TemplateError,
+    UsageError,
+)
+from localmoe.formats.checkpoint import Checkpoint
+from localmoe.formats.fingerprint import fingerprint
+from localmoe.formats.safetensors import TensorInfo
+from localmoe.generate import Settings, Step, generate
+from localmoe.grammar import Grammar, Vocabulary
+from localmoe.kernels.dispatch import CACHE_DTYPES, Kernels
+from localmoe.model.config import ModelConfig
+from localmoe.model.deepseek import Model
+from localmoe.model.mtp import MtpLayer
+from localmoe.offload.plan import Placement
+from localmoe.sampling import SamplingParams
+from localmoe.session import CachedTokens
+from localmoe.session_file import restore, write
+from localmoe.sessions import Facts, read_facts
+from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
+from localmoe.text import THINKING_END, ChatTemplate, Message, ThinkingSplitter, Tokenizer, end_token_ids
+from localmoe.text.files import read_json_object
+
+if TYPE_CHECKING:
+    from localmoe.model.card.model import CardModel
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class Engine:
+    """An open model. Made by `load`; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        model: Model | CardModel,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        max_context: int,
+        placement: Placement | None = None,
+        closing: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.placement = placement
+        """Where everything is, if some of it is on a card."""
+        self._closing = closing  # called once
+        self.expert_uses: Callable[[], Tensor | None] = lambda: None
+        """How often each expert fired since the model was opened, [L, E], where it is counted: on a card."""
+        self.config: ModelConfig = model.config
+        self.path: Path = checkpoint.directory
+        self.kernels = kernels
+        self.max_context = max_context
+        self._checkpoint = checkpoint
+        self._model: Model | CardModel | None = model
+        self._cached: CachedTokens | None = None  # what `reuse_prefix` goes on from
+        self._mtp: MtpLayer | None = None
+        self._lengths: DraftLength | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError when the model has none, or a damaged one; token ids work without it."""
+        return Tokenizer.from_directory(self.path)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's own, or None."""
+        return ChatTemplate.from_directory(self.path)
+
+    @cached_property
+    def generation_defaults(self) -> dict[str, float]:
+        """What `generation_config.json` advises of temperature, top_p, top_k, min_p and repetition_penalty; empty
+        where it advises greedy decoding. Raises CheckpointError for a value out of range."""
+        path = self.path / "generation_config.json"
+        found = read_json_object(path)
+        if found.get("do_sample") is False:
+            return {}
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        advised = {name: found[name] for name in names if found.get(name) is not None}
+        try:
+            SamplingParams(**advised)
+        except UsageError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return advised
+
+    @property
+    def tensors(self) -> Iterable[TensorInfo]:
+        """What the checkpoint's headers say of every tensor."""
+        return self._checkpoint.tensors.values()
+
+    def speculate(self, layer: MtpLayer | None, drafts: int | None) -> None:
+        """Guess tokens from now on, with an MTP layer or from what the text repeats; see `load` for `drafts`."""
+        most = drafts if drafts is not None else 3 if layer is not None else MOST_DRAFTS
+        self._mtp, self._cached = layer, None
+        self._lengths = DraftLength(most, fixed=drafts is not None)
+
+    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Float32 logits [T, V] of one sequence of T tokens, from an empty cache.
+
+        Raises InputError for no tokens or ids outside the vocabulary, ContextOverflowError for too many.
+        """
+        model = self.model
+        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+        if len(ids) > self.max_context:
+            raise ContextOverflowError(f"{len(ids):,} tokens do not fit the context of {self.max_context:,}")
+        cache = model.new_cache(len(ids))
+        logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
+        with torch.inference_mode():
+            for start in range(0, max(len(ids), 1), model.prefill_chunk):
+                chunk = slice(start, start + model.prefill_chunk)
+                logits[chunk] = model.forward(ids[chunk], cache)
+        return logits
+
+    def prompt_ids(self, prompt: Prompt, *, thinking: bool | None = None, add_bos: bool = True) -> list[int]:
+        """The token ids that `generate` starts from.
+
+        Text is continued as it is, control tokens in it included, after the beginning the tokenizer puts before
+        texts (`add_bos`). Messages go through the chat template, and only the template writes control tokens.
+        Raises TemplateError when there is none or it fails, UsageError for a thinking switch it does not have.
+        """
+        if not isinstance(prompt, str) and prompt and all(isinstance(message, Mapping) for message in prompt):
+            return self._chat_ids(prompt, thinking)  # type: ignore[arg-type]  # just checked
+        if thinking is not None:
+            raise UsageError("thinking is switched by the chat template, which a prompt without messages does not use")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_bos=add_bos)
+        if not all(isinstance(token_id, int) for token_id in prompt):
+            raise UsageError("a prompt is a text, a sequence of token ids, or a sequence of messages")
+        return list(prompt)  # type: ignore[arg-type]  # just checked
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        top_logprobs: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        schema: str | Mapping[str, Any] | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] = (),
+        thinking: bool | None = None,
+        add_bos: bool = True,
+        reuse_prefix: bool = False,
+    ) -> Generator[Step]:
+        """Answer or continue `prompt` (see `prompt_ids`), one Step a token.
+
+        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what
+        the settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens.
+        The same seed gives the same text, on the same kernels. `reuse_prefix` goes on from what the last such call
+        left in the cache, so that a chat's next turn computes only what is new. At most one of `schema` (JSON schema),
+        `grammar` and `choice` says what the answer, after any thinking, has to be: see `localmoe.grammar`.
+        Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
+        answer, UsageError for a setting out of range, and what `prompt_ids` raises.
+        """
+        model = self.model
+        settings = Settings(
+            max_tokens=max_tokens,
+            sampling=SamplingParams(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=tuple((logit_bias or {}).items()),
+            ),
+            seed=seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            top_logprobs=top_logprobs,
+            grammar=(held_to := self._grammar(schema, grammar, choice)),
+            grammar_after=THINKING_END if held_to is not None and self._begins_thinking(prompt, thinking) else "",
+        )
+        for token_id in logit_bias or ():
+            if token_id >= self.config.vocab_size:
+                raise UsageError(f"logit_bias: {token_id} is outside the vocabulary of {self.config.vocab_size}")
+        ids = self.prompt_ids(prompt, thinking=thinking, add_bos=add_bos)
+        return generate(
+            model,
+            self._cache_for(reuse_prefix),
+            ids,
+            settings,
+            end_ids=self._end_ids,
+            detokenizer=self.tokenizer.stream() if self._has_tokenizer else None,
+            prefill_chunk=model.prefill_chunk,
+            lengths=self._lengths,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights, in hex: see `localmoe.formats.fingerprint`."""
+        return fingerprint(self.path, self.tensors)
+
+    @property
+    def cache_dtype(self) -> str:
+        """What the latent cache holds: float32, bf16 or int8."""
+        return next(name for name, dtype in CACHE_DTYPES.items() if dtype == self.kernels.cache_dtype)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the kept latent cache takes now; see `generate`'s `reuse_prefix`."""
+        return 0 if self._cached is None else self._cached.nbytes
+
+    def save_session(self, path: Path, facts: Facts) -> Facts:
+        """Write what `reuse_prefix` would go on from, and `facts`, whose model and counts are filled in, to a file.
+
+        Atomic: see `localmoe.session_file`. Raises StorageError; nothing in memory is lost then.
+        """
+        known = replace(facts, model_hash=self.fingerprint, cache_dtype=self.cache_dtype)
+        return write(path, known, self._cache_for(reuse_prefix=True), self.expert_uses())
+
+    def open_session(self, path: Path, *, model: str = "this model") -> Facts:
+        """Read what `save_session` wrote: the next call with `reuse_prefix` goes on from there.
+
+        A session that was kept without the MTP layer's rows is guessed on by what its text repeats. `model` is what
+        messages call this one. Raises SessionError, ContextOverflowError, StorageError; on the CPU the engine goes on
+        as before then.
+        """
+        has_rows = read_facts(path).draft_tokens > 0
+        before, self._cached = self._cached if self.placement is None else None, None  # a card holds one cache
+        try:
+            cached = self._new_cache(mtp=has_rows)
+            facts = restore(path, cached, self.fingerprint, self.cache_dtype, model).facts
+        except BaseException:
+            self._cached = before
+            raise
+        self._cached = cached
+        return facts
+
+    def close(self) -> None:
+        """Let go of the model's memory and files. May be called twice."""
+        if self._model is not None:
+            self._closing()
+        self._model = self._mtp = None
+        self._cached = None
+        self._checkpoint.close()
+
+    @property
+    def model(self) -> Model | CardModel:
+        """The network itself, for tools that run it their own way. Raises UsageError when the engine is closed."""
+        if self._model is None:
+            raise UsageError("the engine is closed")
+        return self._model
+
+    def _cache_for(self, reuse_prefix: bool) -> CachedTokens:
+        if not reuse_prefix:
+            return self._new_cache()
+        if self._cached is None:
+            self._cached = self._new_cache()
+        return self._cached
+
+    def _new_cache(self, *, mtp: bool = True) -> CachedTokens:
+        capacity, dtype = self.max_context, self.kernels.cache_dtype
+        drafter: Drafter | None = None
+        if self._mtp is not None and mtp:
+            drafter = MtpDrafter(self._mtp, self._mtp.cache(capacity, dtype))
+        elif self._lengths is not None:
+            drafter = LookupDrafter()
+        return CachedTokens(self.model.new_cache(capacity), drafter)
+
+    def _chat_ids(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
+        template = self.chat_template
+        if template is None:
+            raise TemplateError(f"{self.path.name} has no chat template; `--raw` continues text without one")
+        if thinking is not None and not template.switches_thinking:
+            raise UsageError("this model's chat template cannot switch thinking on or off")
+        return template.encode(self.tokenizer, messages, thinking=thinking)
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return (self.path / "tokenizer.json").is_file()
+
+    def _grammar(
+        self, schema: str | Mapping[str, Any] | None, grammar: str | None, choice: Sequence[str]
+    ) -> Grammar | None:
+        values = {"schema": schema, "grammar": grammar, "choice": choice or None}
+        given = [name for name, value in values.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{given[0]} and {given[1]} are both given; an answer can be held to one")
+        if schema is not None:
+            return self._vocabulary.schema(schema)
+        if grammar is not None:
+            return self._vocabulary.grammar(grammar)
+        return self._vocabulary.choice(choice) if choice else None
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.config.vocab_size, self._end_ids)
+
+    def _begins_thinking(self, prompt: Prompt, thinking: bool | None) -> bool:
+        """Whether the template ends the prompt inside the model's thinking."""
+        is_chat = not isinstance(prompt, str) and prompt and all(isinstance(message, Mapping) for message in prompt)
+        if not is_chat or self.chat_template is None:
+            return False
+        return ThinkingSplitter.after(self.chat_template.render(prompt, thinking=thinking)).is_thinking  # type: ignore[arg-type]  # just checked
+
+    @cached_property
+    def _end_ids(self) -> frozenset[int]:
+        return self.tokenizer.eos_ids if self._has_tokenizer else end_token_ids(self.path)
