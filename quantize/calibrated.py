@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.errors import CheckpointError
+from localmoe.formats.checkpoint import ReadingCheckpoint
 from localmoe.formats.weights import dequantize
-from quantize.calibration import Calibration, Statistics, windows_of
+from quantize.calibration import Statistics, calibrate_layers, windows_of
 from quantize.hashing import SourceHasher
+from quantize.layerwise import LayerByLayer
 from quantize.methods import Method, choose
 from quantize.plan import Job, Plan
 from quantize.stream import Conversion, one_thread_each, workers
@@ -51,9 +53,11 @@ def calibrate(decided: Plan, conversion: Conversion, hasher: SourceHasher, direc
         return _quantize(jobs[module], statistics, conversion, run.method)
 
     with one_thread_each(), ThreadPoolExecutor(workers()) as pool:
-        calibration = Calibration(conversion.reader.checkpoint, windows, wanted, pool)
+        checkpoint = conversion.reader.checkpoint
+        source = ReadingCheckpoint(checkpoint.directory, checkpoint.config, checkpoint.tensors)
+        model = LayerByLayer(source, windows, pool, wanted)
         try:
-            for module, record in calibration.run(consume):
+            for module, record in calibrate_layers(model, consume):
                 assert isinstance(record, dict)
                 writer.finish(module, record)
                 meter.add(jobs[module].source.nbytes, module)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.calibration import Statistics
 from quantize.gptq import gptq
+from quantize.layerwise import Statistics
 from quantize.quantizers import group_scales, ordered_sum, pack_integers
 
 Method = Literal["rtn", "gptq", "auto"]
