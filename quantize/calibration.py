@@ -1,4 +1,4 @@
-"""The text that a quantization is calibrated on, as windows of tokens, and the run that gathers statistics over them."""
+"""The text that a quantization is calibrated on, in windows, and the run that gathers statistics over them."""
 
 from __future__ import annotations
 

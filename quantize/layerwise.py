@@ -199,9 +199,7 @@ class LayerByLayer:
                 made.append((name, consume(name, Statistics(len(y), moment))))
         return result, made
 
-    def _in_order(
-        self, work: Callable[[_Item], _T], items: Sequence[_Item], ahead: int | None = None
-    ) -> Iterator[_T]:
+    def _in_order(self, work: Callable[[_Item], _T], items: Sequence[_Item], ahead: int | None = None) -> Iterator[_T]:
         """Results of `work` in the items' order, a few items ahead of the reader."""
         waiting: deque[Future[_T]] = deque()
         most = 2 * torch.get_num_threads() + 2 if ahead is None else ahead

@@ -165,24 +165,40 @@ def test_eval(invoke, quantized, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little girl who lived by the sea with her mother. " * 6)
     record = invoke("eval", str(quantized), "--text", str(text), "--reference", "demo:source", "--json").json
-    assert list(record) == [
-        "tokens",
-        "perplexity",
-        "reference_perplexity",
-        "kld_mean",
-        "kld_median",
-        "kld_p99",
-        "kld_max",
-        "same_top1",
-    ]
+    figures = ["tokens", "perplexity", "perplexity_error", "reference_perplexity", "reference_perplexity_error"]
+    figures += ["kld_mean", "kld_error", "kld_median", "kld_p90", "kld_p99", "kld_max", "same_top1"]
+    assert list(record) == [*figures, "layerwise", "classes"]
     assert record["tokens"] > 80
     assert math.isclose(record["perplexity"], record["reference_perplexity"], rel_tol=0.2)
     assert 0 < record["kld_median"] <= record["kld_p99"] <= record["kld_max"]
     assert 0.5 < record["same_top1"] < 1
     alone = invoke("eval", str(quantized), "--text", str(text), "--json").json
     assert math.isclose(alone["perplexity"], record["perplexity"], rel_tol=1e-9)
-    assert [alone[key] for key in list(record)[2:]] == [None] * 6
+    assert [alone[key] for key in figures[3:]] == [None] * 9
+    assert alone["perplexity_error"] > 0
+    assert (alone["layerwise"], alone["classes"]) == (False, None)
     assert "same top-1" in invoke("eval", "demo:source", "--text", str(text), "--reference", str(quantized)).out
+
+
+def test_eval_layer_by_layer(invoke, quantized, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl who lived by the sea with her mother. " * 6)
+    common = ("eval", str(quantized), "--text", str(text), "--reference", "demo:source")
+    plot = tmp_path / "kld.png"
+    found = invoke(*common, "--layerwise", "--by-class", "--plot", str(plot), "--json").json
+    wanted = invoke(*common, "--kernels", "reference", "--cache-dtype", "float32", "--json").json
+    assert found["layerwise"] is True
+    assert math.isclose(found["kld_mean"], wanted["kld_mean"], rel_tol=1e-3)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert sum(entry["tokens"] for entry in found["classes"] if entry["by"] == "token") == found["tokens"]
+    small = invoke(*common, "--ram", "1MB", "--by-class")
+    assert "do not fit into 0.0 GB of memory: running layer by layer\n" in small.err
+    assert "token letters" in small.out
+    assert "+-" in small.out
+    refused = invoke(*common, "--layerwise", "--kernels", "avx2")
+    assert (refused.status, "leave out --kernels" in refused.err) == (2, True)
+    alone = invoke("eval", str(quantized), "--text", str(text), "--plot", str(plot))
+    assert (alone.status, "--reference" in alone.err) == (2, True)
 
 
 def test_eval_of_a_text_that_is_not_there(invoke):
