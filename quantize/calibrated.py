@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,15 @@ def _quantize(job: Job, statistics: Statistics, conversion: Conversion, method: 
     if not statistics.hessian.isfinite().all():
         raise CheckpointError(f"{where} gets inputs that are NaN or infinite; pull the model again")
     chosen = choose(weight, job.scheme, statistics, method)
+    if not (math.isfinite(chosen.squared_error) and math.isfinite(chosen.squared_norm)):
+        raise CheckpointError(f"{where} has values too large for weights; pull the model again")
     for suffix, data in chosen.parts.items():
         conversion.writer.write(f"{module}.{suffix}", data)
     conversion.write_shape(job)
     return {
         "squared_error": chosen.squared_error,
         "squared_norm": chosen.squared_norm,
+        "zero_groups": chosen.zero_groups,
         "method": chosen.method,
         "tokens": chosen.tokens,
         "output_error": chosen.output_error,

@@ -32,6 +32,7 @@ class Chosen:
     squared_error: float
     squared_norm: float
     output_error: float
+    zero_groups: int
 
 
 def reaches(tokens: int, width: int) -> bool:
@@ -71,6 +72,7 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
         tokens=statistics.tokens,
         squared_error=ordered_sum(differences[best].square()),
         squared_norm=ordered_sum(weight.square()),
+        zero_groups=int((found[best][1] == 0).sum()),
         output_error=float(f"{math.sqrt(max(errors[best], 0.0) / norm):.6g}") if norm > 0 else 0.0,
     )
 

@@ -1,6 +1,6 @@
 """`localmoe quantize`: one streaming pass from a source checkpoint to an artifact, which a kill does not lose.
 
-source shards -> plan -> stream -> shards, then config, tokenizer, index, and the manifest last
+source shards -> plan -> stream -> measure -> shards, then config, tokenizer, card, index, and the manifest last
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from localmoe.errors import CheckpointError, UsageError
-from localmoe.formats.checkpoint import INDEX_NAME
+from localmoe.formats.checkpoint import INDEX_NAME, Checkpoint, ReadingCheckpoint
 from localmoe.formats.journal import JOURNAL_NAME
 from localmoe.formats.manifest import (
     FORMAT,
     MANIFEST_NAME,
     FileRecord,
     Manifest,
+    Measured,
     Settings,
     Source,
     TensorRecord,
@@ -32,7 +33,9 @@ from localmoe.formats.scheme import GROUP_SIZES, Scheme
 from localmoe.formats.writer import CheckpointWriter, claim
 from quantize.calibrated import CalibratedRun, calibrate, calibrated_units
 from quantize.calibration import DEFAULT_TEXT
-from quantize.hashing import SourceHasher, sha256_of, stamp
+from quantize.card import CARD_NAME, card
+from quantize.gate import Gate, measure
+from quantize.hashing import SourceHasher, look_at, sha256_of, stamp
 from quantize.methods import METHODS, Method
 from quantize.plan import Plan, plan
 from quantize.progress import Meter, OnProgress
@@ -40,6 +43,8 @@ from quantize.quantizers import GRIDS, Grid, ordered_sum, relative_error
 from quantize.recipes import recipe_named
 from quantize.sources import SourceReader, open_source
 from quantize.stream import Conversion, stream
+
+_MEASURE = Gate()
 
 CARRIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -71,16 +76,19 @@ def quantize(
     grid: Grid = "mse",
     method: Method = "rtn",
     calibration_text: str | None = None,
+    gate: Gate | None = _MEASURE,
     progress: OnProgress | None = None,
 ) -> Report:
     """Quantize the checkpoint in `source` into the directory `output`.
 
     `gptq` and `auto` run the model on `calibration_text` (None: the one that comes with localmoe) and round the
     layers' int4 matrices by what their inputs were; so does `rtn` with a text, through the scales alone.
+    At the end the output is measured against the source on a held-out text, unless `gate` is None; what fails the
+    gate's limit keeps its quantized weights under their temporary names, and no index and manifest.
     Interrupted, it goes on where it was when called again with the same arguments; the output's bytes depend
     on the source and the arguments only. An output that is complete already is left as it is.
 
-    Raises UsageError (unknown recipe, a group size or grid that does not exist, a source that is quantized,
+    Raises GateError, UsageError (unknown recipe, a group size or grid that does not exist, a source that is quantized,
     an `output` that holds something else), CheckpointError and UnsupportedModelError for the source,
     StorageError for the disk.
     """
@@ -89,17 +97,20 @@ def quantize(
         carried = _carried(source)
         shards = sorted({info.file for info in checkpoint.tensors.values()})
         inputs = [*shards, *(source / name for name in carried)]
+        seen = look_at(inputs)
         meter = Meter(progress)
         if output.exists():
             claim(output, settings)
             finished = _finished(output, settings, inputs, meter)
             if finished is not None:
+                if gate is not None:
+                    gate.check(finished.measured, output)
                 return Report(output, finished, True, sum(path.stat().st_size for path in shards), 0)
         decided = plan(reader, recipe_named(recipe), group_size)
         fingerprint = _fingerprint(settings, decided, inputs)
         with (
             CheckpointWriter.open(output, settings, fingerprint, decided.units) as writer,
-            SourceHasher(writer.facts) as hasher,
+            SourceHasher(writer.facts, seen) as hasher,
         ):
             conversion = Conversion(reader, writer, grid, meter)
             later = calibrated_units(decided) if run is not None else frozenset()
@@ -109,16 +120,32 @@ def quantize(
                 stream(decided, conversion, hasher)  # what no layer runs, such as a second MTP layer
             for path in inputs:
                 hasher.start(path)
-            hashes = hasher.results()
+            measured, why_not = None, "--no-gate was given"
+            if gate is not None:
+                measured, why_not = _measure(checkpoint, decided, writer, meter)
+                gate.check(measured, output)
+            facts = _manifest(settings, decided, _source(source, hasher.results()), writer)
+            if measured is None:
+                why_not = f"what it lost was not measured: {why_not}"
+                facts = replace(facts, notes=(*facts.notes, why_not))
+            facts = replace(facts, measured=measured)
             small = {name: data for name, data in carried.items() if name in CARRIED_FILES}
             small["config.json"] = _json(decided.config)
+            small[CARD_NAME] = card(facts, str(decided.config.get("model_type")))
             meter.restart("hash", sum(unit.nbytes for unit in decided.units))
             manifest = writer.commit(
                 small,
-                lambda files: _manifest(settings, decided, _source(source, hashes), writer, files),
+                lambda files: replace(facts, files=files),
                 lambda count, file: meter.add(count, file),
             )
     return Report(output, manifest, False, sum(job.source.nbytes for job in decided.jobs), resumed)
+
+
+def _measure(source: Checkpoint, decided: Plan, writer: CheckpointWriter, meter: Meter) -> tuple[Measured | None, str]:
+    """The output's loss, from the files as they are before they get their names."""
+    output = ReadingCheckpoint(writer.directory, decided.config, writer.tensors())
+    reading = ReadingCheckpoint(source.directory, source.config, source.tensors)
+    return measure(reading, output, source.directory, meter)
 
 
 def _checked_settings(
@@ -208,14 +235,17 @@ def _manifest(
     decided: Plan,
     source: Source,
     writer: CheckpointWriter,
-    files: Mapping[str, FileRecord],
 ) -> Manifest:
+    """All but the files' hashes and the loss."""
     tensors, errors, norms = {}, [], []
+    zeros = {}  # groups of zeros by module
     for job in decided.jobs:
         if job.scheme is None:
             continue
         record = writer.records[job.unit.name]
         error, norm = float(record["squared_error"]), float(record["squared_norm"])
+        if record.get("zero_groups"):
+            zeros[job.unit.name] = int(record["zero_groups"])
         errors.append(error)
         norms.append(norm)
         tensors[job.unit.name] = TensorRecord(
@@ -233,7 +263,17 @@ def _manifest(
         bits_per_weight=round(8 * size / parameters, 4),
         relative_error=relative_error(ordered_sum(torch.tensor(errors)), ordered_sum(torch.tensor(norms))),
     )
-    return Manifest(version("localmoe"), settings, source, files, tensors, totals, decided.notes)
+    return Manifest(version("localmoe"), settings, source, {}, tensors, totals, (*decided.notes, *_zero_notes(zeros)))
+
+
+def _zero_notes(zeros: Mapping[str, int]) -> list[str]:
+    """A matrix may have groups of zeros, which cost nothing; many of them are worth a look at the source."""
+    if not zeros:
+        return []
+    most = max(sorted(zeros), key=zeros.__getitem__)
+    return [
+        f"{len(zeros)} matrices have groups of nothing but zeros, which are stored exactly: {most} has {zeros[most]:,}"
+    ]
 
 
 def _scheme_name(scheme: Scheme) -> str:

@@ -61,13 +61,17 @@ class Conversion:
         module = job.source.name.removesuffix(".weight")
         written: dict[str, int] = {}  # bytes so far, by output tensor
         error = norm = 0.0
+        zeros = 0
         for slab in self.reader.matrix(job.source.name):
             self._check_stop()
             if job.scheme is None:
                 parts = {"weight": slab.rows.to(torch.bfloat16)}
+                if not parts["weight"].isfinite().all():
+                    raise CheckpointError(f"{_where(job)} has values too large for bfloat16; pull the model again")
             else:
                 quantized = quantize_rows(slab.rows, job.scheme, self.grid)
                 parts = quantized.parts
+                zeros += quantized.zero_groups
                 error += quantized.squared_error
                 norm += quantized.squared_norm
             for suffix, data in parts.items():
@@ -77,8 +81,8 @@ class Conversion:
             self.meter.add(slab.source_bytes, job.source.name)
         self.write_shape(job)
         if not (math.isfinite(error) and math.isfinite(norm)):
-            raise CheckpointError(f"{job.source.file.name}: {job.source.name} has values too large for weights")
-        return {"squared_error": error, "squared_norm": norm} if job.scheme else {}
+            raise CheckpointError(f"{_where(job)} has values too large for weights; pull the model again")
+        return {"squared_error": error, "squared_norm": norm, "zero_groups": zeros} if job.scheme else {}
 
     def write_shape(self, job: Job) -> None:
         """`weight_shape`, where the job's form has one."""
@@ -89,6 +93,10 @@ class Conversion:
     def _check_stop(self) -> None:
         if self.stopped.is_set():
             raise _StoppedError
+
+
+def _where(job: Job) -> str:
+    return f"{job.source.file.name}: {job.source.name}"
 
 
 def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: frozenset[str] = frozenset()) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,14 +16,16 @@ from localmoe.cli.sanitize import printable_line
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from localmoe.formats.manifest import Manifest
+    from localmoe.formats.manifest import Manifest, Measured
     from localmoe.store import ModelRef
     from quantize.pipeline import Report
     from quantize.progress import Progress
 
 _KEYS = (
     "model, path, recipe, group_size, grid, already_there, resumed_bytes, parameters, bits_per_weight, source_bytes, "
-    "size_bytes, relative_error, worst [{tensor, scheme, relative_error}], notes"
+    "size_bytes, relative_error, worst [{tensor, scheme, relative_error}], measured {text_sha256, tokens, perplexity, "
+    "reference_perplexity, kld_mean, kld_error, kld_median, kld_p90, kld_p99, kld_max, same_top1, and more} or null, "
+    "notes"
 )
 _WORST = 3
 
@@ -61,24 +64,44 @@ def quantize(
             "--calibrate", metavar="FILE", help="Run the model on this text first.  [gptq and auto: a text of ours]"
         ),
     ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(
+            "--gate", metavar="KLD", min=0, help="Fail if the mean KLD to the source is above this (0.05, say)."
+        ),
+    ] = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not measure what was lost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
 ) -> None:
     """Make a 4-bit model of MODEL's source: a name that was pulled, or a directory.
 
-    One pass, a few megabytes at a time. Interrupted, the same command goes on where it stopped. MODEL may end
-    in :RECIPE instead of --recipe.
+    One pass, a few megabytes at a time; then both models are run, layer by layer, on a held-out text, and what was
+    lost is written into localmoe.json and README.md. Interrupted, the same command goes on where it stopped.
+    MODEL may end in :RECIPE instead of --recipe.
     """
     ref = store.parse_ref(model)
     chosen = _recipe(ref, recipe)
     checked = _grid(grid)
     if group_size not in (32, 64, 128):
         raise UsageError(f"--group-size: {group_size} is not one of 32, 64, 128")
+    if no_gate and gate is not None:
+        raise UsageError("--no-gate measures nothing, so --gate has nothing to compare: give one of them")
     rounding = _method(method, calibrate is not None)
     text = prompt.read_file(calibrate) if calibrate is not None else None
     source = _source(ref)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
-    report = make_artifact(source, target, chosen, group_size=group_size, grid=checked, method=rounding, text=text)
+    report = make_artifact(
+        source,
+        target,
+        chosen,
+        group_size=group_size,
+        grid=checked,
+        method=rounding,
+        text=text,
+        measure=not no_gate,
+        limit=gate,
+    )
     name = str(target) if output is not None else f"{ref.name}:{chosen}"
     if as_json:
         streams.write_json(_record(name, report))
@@ -95,16 +118,20 @@ def make_artifact(
     grid: Literal["mse", "absmax"] = "mse",
     method: Literal["rtn", "gptq", "auto"] = "rtn",
     text: str | None = None,
+    measure: bool = True,
+    limit: float | None = None,
 ) -> Report:
     """Quantize with a progress bar. Ctrl-C loses nothing."""
     from localmoe.cli.render import progress_bar
 
     try:
         with progress_bar("quantize") as advance:
+            from quantize.gate import Gate
             from quantize.pipeline import quantize as run_pipeline
 
             def report(progress: Progress) -> None:
-                item = progress.item if progress.stage == "quantize" else f"check {progress.item}"
+                said = {"quantize": "", "measure": "measure ", "hash": "check "}[progress.stage]
+                item = said + progress.item
                 advance(progress.done_bytes, progress.total_bytes, item)
 
             return run_pipeline(
@@ -115,6 +142,7 @@ def make_artifact(
                 grid=grid,
                 method=method,
                 calibration_text=text,
+                gate=Gate(limit) if measure else None,
                 progress=report,
             )
     except KeyboardInterrupt:
@@ -174,6 +202,7 @@ def _record(name: str, report: Report) -> dict[str, Any]:
         "worst": [
             {"tensor": tensor, "scheme": scheme, "relative_error": error} for tensor, scheme, error in _worst(manifest)
         ],
+        "measured": asdict(manifest.measured) if manifest.measured is not None else None,
         "notes": list(manifest.notes),
     }
 
@@ -199,6 +228,18 @@ def _calibrated(manifest: Manifest) -> str:
     return f"{methods} of {len(records)} calibrated matrices; the rarest saw {fewest:,} tokens"
 
 
+def loss(measured: Measured) -> str:
+    """What an artifact lost, in a line."""
+    perplexity = f"perplexity {measured.perplexity:.3f}"
+    if measured.kld_mean is None:
+        return f"{perplexity} on {measured.tokens:,} held-out tokens; not compared with the source"
+    error = f" +- {measured.kld_error:.5f}" if measured.kld_error is not None else ""
+    return (
+        f"mean KLD {measured.kld_mean:.5f}{error}, p99 {measured.kld_p99:.4f}, same top-1 {measured.same_top1:.1%}, "
+        f"{perplexity} (source {measured.reference_perplexity:.3f}), on {measured.tokens:,} held-out tokens"
+    )
+
+
 def _summary(name: str, source: Path, report: Report) -> str:
     manifest, totals = report.manifest, report.manifest.totals
     state = ": was here already" if report.already_there else ""
@@ -214,6 +255,8 @@ def _summary(name: str, source: Path, report: Report) -> str:
     calibrated = _calibrated(manifest)
     if calibrated:
         facts.append(("rounded", calibrated))
+    if manifest.measured is not None:
+        facts.append(("lost", loss(manifest.measured)))
     facts += [("note", note) for note in manifest.notes]
     facts.append(("in", str(report.output)))
     lines = [f"{name}{state}", *(f"  {label:<7}  {value}" for label, value in facts)]

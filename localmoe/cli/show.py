@@ -24,7 +24,9 @@ _KEYS = (
     "model, kind (artifact, source), path, recipe, group_size, grid, calibration {method, text_sha256, rounded {gptq, "
     "weighted, mse: matrices}, rarest_expert, rarest_expert_tokens} or null, source {name, revision}, parameters, "
     "bits_per_weight, size_bytes, relative_error, errors [{part, scheme, matrices, mean_relative_error, "
-    "max_relative_error}], worst [{tensor, scheme, relative_error}], notes, sampling, config, "
+    "max_relative_error}], worst [{tensor, scheme, relative_error}], measured {text_sha256, tokens, perplexity, "
+    "reference_perplexity, kld_mean, kld_error, kld_median, kld_p90, kld_p99, kld_max, same_top1, and more} or null, "
+    "notes, sampling, config, "
     "files [{name, size_bytes}]"
 )
 _WORST = 5
@@ -98,6 +100,7 @@ class Description:
     relative_error: float | None = None
     errors: list[PartError] = field(default_factory=list)
     worst: list[WorstTensor] = field(default_factory=list)
+    measured: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -149,6 +152,7 @@ def describe(resolved: Resolved) -> Description:
         relative_error=manifest.totals.relative_error,
         errors=errors_by_part(manifest.tensors),
         worst=[WorstTensor(name, record.scheme, record.relative_error) for name, record in worst],
+        measured=asdict(manifest.measured) if manifest.measured is not None else None,
         notes=list(manifest.notes),
     )
 
@@ -216,6 +220,7 @@ def as_text(description: Description) -> str:
         if description.calibration is not None:
             facts[3:3] = _calibration(description.calibration)
         facts.insert(-1, ("error", f"{description.relative_error:.4f} of the weights' norm"))
+        facts.insert(-1, ("lost", _lost(description.measured)))
     width = max(len(name) for name, _ in facts)
     blocks = [
         printable_line(description.model),
@@ -233,6 +238,13 @@ def as_text(description: Description) -> str:
     files = [(f"  {file.name}", units.size(file.size_bytes)) for file in description.files]
     blocks += ["", table(("  FILE", "SIZE"), files, ("left", "right"))]
     return "\n".join(blocks) + "\n"
+
+
+def _lost(measured: dict[str, Any] | None) -> str:
+    from localmoe.cli.quantize import loss
+    from localmoe.formats.manifest import Measured
+
+    return loss(Measured(**measured)) if measured is not None else "not measured"
 
 
 def _calibration(facts: CalibrationFacts) -> list[tuple[str, str]]:

@@ -57,6 +57,21 @@ def test_quantize_says_what_it_did_and_what_to_type_next(invoke, empty_home):
     assert str(store.artifact_dir("demo", "balanced")) in other.err
 
 
+def test_quantize_gate(invoke, empty_home):
+    failed = invoke("quantize", "demo", "--gate", "0.001", "--json")
+    assert failed.status == 1
+    assert failed.json["error"]["kind"] == "gate"
+    assert "above --gate 0.001" in failed.err
+    assert not (store.artifact_dir("demo", "balanced") / "localmoe.json").exists()
+    passed = invoke("quantize", "demo", "--gate", "0.05")
+    assert passed.status == 0
+    assert re.search(r"\n  lost     mean KLD 0\.01\d+ \+- 0\.000\d+, p99 0\.\d+, same top-1 9\d\.\d%", passed.out)
+    measured = invoke("show", "demo", "--json").json["measured"]
+    assert 0.01 < measured["kld_mean"] < measured["kld_p90"] < measured["kld_p99"] < measured["kld_max"]
+    both = invoke("quantize", "demo", "--gate", "0.05", "--no-gate")
+    assert (both.status, "give one of them" in both.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
