@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
+from localmoe.errors import UnsupportedModelError
 from localmoe.formats.manifest import Manifest, Measured
+from localmoe.serving import support
 
 CARD_NAME = "README.md"
 
 _REPO = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
 
-def card(manifest: Manifest, model_type: str) -> bytes:
-    """README.md as bytes; the same manifest gives the same. `model_type` stands where the source has no name."""
+def card(manifest: Manifest, config: Mapping[str, Any]) -> bytes:
+    """README.md as bytes; the same manifest and config.json give the same."""
+    model_type = config.get("model_type")
     name = manifest.source.name if _REPO.fullmatch(manifest.source.name or "") else None
     parts = [
         _front_matter(name, manifest),
@@ -21,6 +26,7 @@ def card(manifest: Manifest, model_type: str) -> bytes:
         _facts(manifest, name),
         _loss(manifest.measured),
         _use(),
+        _serving(config),
     ]
     if manifest.notes:
         parts.append("## Notes\n\n" + "".join(f"- {note}\n" for note in manifest.notes))
@@ -94,6 +100,22 @@ def _use() -> str:
         'localmoe run DIR "Tell me a story about a dragon"\n'
         "localmoe chat DIR\n"
         "localmoe verify DIR           # every file against the hashes in localmoe.json\n"
-        "localmoe show DIR --serving   # the commands for vLLM and SGLang\n"
         "```\n"
     )
+
+
+def _serving(config: Mapping[str, Any]) -> str:
+    """How vLLM and SGLang take the same files, or why not."""
+    lines = ["## Serve\n"]
+    try:
+        engines = support(config, "DIR")
+    except UnsupportedModelError:
+        return ""
+    for found in engines:
+        if found.problems:
+            lines.append(f"{found.engine} does not load these files: {'; '.join(p.what for p in found.problems)}.\n")
+            continue
+        lines.append(f"{found.engine}, on {', '.join(map(str, found.tensor_parallel_whole_experts))} GPUs:\n")
+        commands = [line for purpose, typed in found.commands for line in (f"# {purpose}", *typed)]
+        lines.append("\n".join(["```", *commands, "```\n"]))
+    return "\n".join(lines)

@@ -131,7 +131,7 @@ def quantize(
             facts = replace(facts, measured=measured)
             small = {name: data for name, data in carried.items() if name in CARRIED_FILES}
             small["config.json"] = _json(decided.config)
-            small[CARD_NAME] = card(facts, str(decided.config.get("model_type")))
+            small[CARD_NAME] = card(facts, decided.config)
             meter.restart("hash", sum(unit.nbytes for unit in decided.units))
             manifest = writer.commit(
                 small,

@@ -277,3 +277,15 @@ def test_sizes_for_people(count, text):
 @pytest.mark.parametrize(("count", "text"), [(999, "999"), (13_565_632, "13.6 M"), (15_700_000_000, "15.7 B")])
 def test_quantities_for_people(count, text):
     assert units.quantity(count) == text
+
+
+def test_show_serving(invoke, quantized):
+    """The demo's q_lora_rank of 96 and experts' hidden size fit no Marlin kernel of SGLang's: it says which and why."""
+    shown = invoke("show", str(quantized), "--serving")
+    assert shown.status == 0
+    assert re.search(r"\nSGLang\n  does not load it: .* not a multiple of .*marlin_utils\.py", shown.out)
+    record = invoke("show", str(quantized), "--serving", "--json").json
+    assert [entry["engine"] for entry in record["engines"]] == ["vLLM", "SGLang"]
+    source = invoke("show", "demo:source", "--serving").out
+    assert "vllm serve" in source
+    assert "sglang.launch_server" in source
