@@ -1,7 +1,8 @@
 """Whether vLLM and SGLang load a model's files unchanged, on how many GPUs, and with which commands.
 
-The engines' own conditions, written down as code: each `Rule` names the engine's source that it was read from (November
-2026). They were read there and not run here. Shapes come from config.json alone; no weight is looked at. TP = tensor parallel size, EP = expert parallel size.
+The engines' own conditions, written down as code: each problem names the engine's source that its rule was read from
+(November 2026). They were read there and not run here. Shapes come from config.json alone; no weight is looked at.
+TP = tensor parallel size, EP = expert parallel size.
 """
 
 from __future__ import annotations

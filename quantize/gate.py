@@ -14,6 +14,7 @@ from localmoe.model.config import ModelConfig
 from localmoe.model.shapes import check_checkpoint
 from localmoe.text import Tokenizer
 from quantize.evaluate import LayerwiseModel, evaluate
+from quantize.foreign import ForeignCheckpoint
 from quantize.positions import Evaluation
 from quantize.progress import Meter
 from quantize.stream import one_thread_each
@@ -44,8 +45,11 @@ class Gate:
             )
 
 
-def measure(source: Checkpoint, output: Checkpoint, tokens_from: Path, meter: Meter) -> tuple[Measured | None, str]:
+def measure(
+    source: Checkpoint | None, output: Checkpoint, tokens_from: Path, meter: Meter
+) -> tuple[Measured | None, str]:
     """What `output` lost of `source` on the held-out text; where that cannot be measured, None and the reason.
+    Without a source there is the perplexity alone.
 
     `tokens_from` is the directory with the tokenizer. Raises GateError for an output that computes no numbers,
     CheckpointError for a file that ends early.
@@ -55,23 +59,27 @@ def measure(source: Checkpoint, output: Checkpoint, tokens_from: Path, meter: Me
         tokenizer = Tokenizer.from_directory(tokens_from)
     except CheckpointError:
         return None, "the source has no usable tokenizer.json"
+    models = [output] if source is None else [output, source]
     try:
-        for checkpoint in (source, output):
-            check_checkpoint(ModelConfig.from_dict(checkpoint.config), checkpoint)
+        for checkpoint in models:
+            if not isinstance(checkpoint, ForeignCheckpoint):  # whose names are others'; each is checked as it is read
+                check_checkpoint(ModelConfig.from_dict(checkpoint.config), checkpoint)
     except (UnsupportedModelError, CheckpointError):
         return None, "localmoe does not run this model"
-    sizes = [sum(info.nbytes for info in checkpoint.tensors.values()) for checkpoint in (source, output)]
-    meter.restart("measure", sum(sizes))
+    sizes = {id(model): sum(info.nbytes for info in model.tensors.values()) for model in models}
+    meter.restart("measure", sum(sizes.values()))
 
-    def model(checkpoint: Checkpoint, size: int) -> LayerwiseModel:
+    def model(checkpoint: Checkpoint) -> LayerwiseModel:
+        size = sizes[id(checkpoint)]
         return LayerwiseModel(checkpoint, tokenizer, lambda done, layers: meter.add(size // layers, f"layer {done}"))
 
     try:
         with one_thread_each():
-            found = evaluate(model(output, sizes[1]), text, reference=model(source, sizes[0])).summary()
+            reference = model(source) if source is not None else None
+            found = evaluate(model(output), text, reference=reference).summary()
     except InputError:
         return None, "the held-out text has tokens that the model does not know"
-    if not math.isfinite(found.reference_perplexity or math.inf):
+    if source is not None and not math.isfinite(found.reference_perplexity or math.inf):
         return None, "the source's own predictions of the held-out text are not finite"
     if not (math.isfinite(found.perplexity) and math.isfinite(found.kld_mean or 0.0)):
         raise GateError(f"{output.directory}: the quantized model computes no finite predictions of the held-out text")

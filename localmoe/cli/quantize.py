@@ -14,12 +14,14 @@ from localmoe import store
 from localmoe.cli import options, prompt, streams, units
 from localmoe.cli.sanitize import printable_line
 from localmoe.errors import UsageError
+from localmoe.text.files import read_json_object
 
 if TYPE_CHECKING:
+    from localmoe.cli.render import Advance
     from localmoe.formats.manifest import Manifest, Measured
     from localmoe.store import ModelRef
     from quantize.pipeline import Report
-    from quantize.progress import Progress
+    from quantize.progress import OnProgress, Progress
 
 _KEYS = (
     "model, path, recipe, group_size, grid, already_there, resumed_bytes, parameters, bits_per_weight, source_bytes, "
@@ -70,6 +72,20 @@ def quantize(
             "--gate", metavar="KLD", min=0, help="Fail if the mean KLD to the source is above this (0.05, say)."
         ),
     ] = None,
+    round_scales: Annotated[
+        bool,
+        typer.Option(
+            "--round-scales", help="Of a GPTQ or AWQ checkpoint: round scales that bf16 does not hold exactly."
+        ),
+    ] = False,
+    discard_source: Annotated[
+        bool,
+        typer.Option(
+            "--discard-source",
+            help="Pull a shard, quantize it, drop it: for a disk that does not hold the source. Takes no calibration, "
+            "and measures no loss but the perplexity.",
+        ),
+    ] = False,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not measure what was lost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
@@ -78,10 +94,9 @@ def quantize(
 
     One pass, a few megabytes at a time; then both models are run, layer by layer, on a held-out text, and what was
     lost is written into localmoe.json and README.md. Interrupted, the same command goes on where it stopped.
-    MODEL may end in :RECIPE instead of --recipe.
+    MODEL may end in :RECIPE instead of --recipe. A GPTQ or AWQ checkpoint is converted, with the same numbers.
     """
     ref = store.parse_ref(model)
-    chosen = _recipe(ref, recipe)
     checked = _grid(grid)
     if group_size not in (32, 64, 128):
         raise UsageError(f"--group-size: {group_size} is not one of 32, 64, 128")
@@ -89,7 +104,15 @@ def quantize(
         raise UsageError("--no-gate measures nothing, so --gate has nothing to compare: give one of them")
     rounding = _method(method, calibrate is not None)
     text = prompt.read_file(calibrate) if calibrate is not None else None
+    if discard_source:
+        if rounding != "rtn" or text is not None or gate is not None or round_scales:
+            raise UsageError(
+                "--discard-source never has the whole source: leave out --method, --calibrate, --gate, --round-scales"
+            )
+        _discarding(ref, _recipe(ref, recipe, None), output, group_size, checked, not no_gate, as_json)
+        return
     source = _source(ref)
+    chosen = _recipe(ref, recipe, source)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
     report = make_artifact(
         source,
@@ -101,6 +124,7 @@ def quantize(
         text=text,
         measure=not no_gate,
         limit=gate,
+        round_scales=round_scales,
     )
     name = str(target) if output is not None else f"{ref.name}:{chosen}"
     if as_json:
@@ -120,6 +144,7 @@ def make_artifact(
     text: str | None = None,
     measure: bool = True,
     limit: float | None = None,
+    round_scales: bool = False,
 ) -> Report:
     """Quantize with a progress bar. Ctrl-C loses nothing."""
     from localmoe.cli.render import progress_bar
@@ -128,11 +153,6 @@ def make_artifact(
         with progress_bar("quantize") as advance:
             from quantize.gate import Gate
             from quantize.pipeline import quantize as run_pipeline
-
-            def report(progress: Progress) -> None:
-                said = {"quantize": "", "measure": "measure ", "hash": "check "}[progress.stage]
-                item = said + progress.item
-                advance(progress.done_bytes, progress.total_bytes, item)
 
             return run_pipeline(
                 source,
@@ -143,19 +163,69 @@ def make_artifact(
                 method=method,
                 calibration_text=text,
                 gate=Gate(limit) if measure else None,
-                progress=report,
+                round_scales=round_scales,
+                progress=_told(advance),
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
 
 
-def _recipe(ref: ModelRef, flag: str | None) -> str:
+def packed_by_others(source: Path) -> bool:
+    """Whether a source was quantized by others, in another layout: then it can only be converted.
+
+    Raises UnsupportedModelError for one that cannot.
+    """
+    from quantize.foreign import form_of
+
+    return form_of(read_json_object(source / "config.json")) is not None
+
+
+def _discarding(
+    ref: ModelRef,
+    recipe: str,
+    output: Path | None,
+    group_size: int,
+    grid: Literal["mse", "absmax"],
+    gate: bool,
+    as_json: bool,
+) -> None:
+    """Quantize shard by shard from the hub, with a progress bar. Ctrl-C loses nothing but a shard's rest."""
+    from localmoe.cli.render import progress_bar
+    from localmoe.hub.download import pull_without_weights
+
+    target = output if output is not None else store.artifact_dir(ref.name, recipe)
+    found = pull_without_weights(ref)
+    try:
+        with progress_bar("quantize") as advance:
+            from quantize.discard import quantize_from_hub
+
+            report = quantize_from_hub(
+                found, target, recipe, group_size=group_size, grid=grid, gate=gate, progress=_told(advance)
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
+    name = str(target) if output is not None else f"{ref.name}:{recipe}"
+    if as_json:
+        streams.write_json(_record(name, report))
+    else:
+        streams.write(_summary(name, f"{found.listing.repo} on the hub", report))
+
+
+def _told(advance: Advance) -> OnProgress:
+    def report(progress: Progress) -> None:
+        said = {"quantize": "", "measure": "measure ", "hash": "check "}[progress.stage]
+        advance(progress.done_bytes, progress.total_bytes, said + progress.item)
+
+    return report
+
+
+def _recipe(ref: ModelRef, flag: str | None, source: Path | None) -> str:
     ending = None if ref.ending == "source" else ref.ending
     if flag is not None and flag not in store.RECIPES:
         raise UsageError(f"--recipe: {flag!r} is not one of {', '.join(store.RECIPES)}")
     if flag is not None and ending is not None and flag != ending:
         raise UsageError(f"--recipe {flag} contradicts the ending of {ref.name}:{ending}; give one of them")
-    return flag or ending or "balanced"
+    return flag or ending or ("converted" if source is not None and packed_by_others(source) else "balanced")
 
 
 def _grid(text: str) -> Literal["mse", "absmax"]:
@@ -240,7 +310,7 @@ def loss(measured: Measured) -> str:
     )
 
 
-def _summary(name: str, source: Path, report: Report) -> str:
+def _summary(name: str, source: object, report: Report) -> str:
     manifest, totals = report.manifest, report.manifest.totals
     state = ": was here already" if report.already_there else ""
     if report.resumed_bytes:

@@ -56,7 +56,7 @@ class Checkpoint:
         """
         if not (directory / "config.json").is_file():
             raise ModelNotFoundError(f"{directory}: not a model directory (it has no config.json)")
-        return cls(directory, read_json(directory / "config.json"), _tensors_of(directory))
+        return cls(directory, read_json(directory / "config.json"), tensors_of(directory))
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -265,7 +265,8 @@ def _parse_quantization(config: Mapping[str, Any]) -> tuple[QuantizationConfig |
     return None, (block[0], block[1])
 
 
-def _tensors_of(directory: Path) -> dict[str, TensorInfo]:
+def tensors_of(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a directory's shards, by name. Raises CheckpointError."""
     index_path = directory / INDEX_NAME
     if not index_path.is_file():
         if not (directory / SINGLE_NAME).is_file():

@@ -289,3 +289,19 @@ def test_show_serving(invoke, quantized):
     source = invoke("show", "demo:source", "--serving").out
     assert "vllm serve" in source
     assert "sglang.launch_server" in source
+
+
+def test_quantize_converts_a_gptq_checkpoint_and_says_so(invoke, tmp_path):
+    """Only noticed here: tests/quantize/test_foreign.py builds real ones."""
+    for path in demo_directory().iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = invoke("quantize", str(tmp_path), "-o", str(tmp_path / "output"))
+    assert outcome.status == 1
+    assert "desc_act is 'True'" in outcome.err
+    config["quantization_config"]["desc_act"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "no tensor is named *.qweight" in invoke("quantize", str(tmp_path), "-o", str(tmp_path / "output")).err
+    assert not (tmp_path / "output").exists()
