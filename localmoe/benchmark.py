@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from localmoe.errors import ContextOverflowError
-from localmoe.model.kv_cache import LatentCache, row_bytes
+from localmoe.model.kv_cache import row_bytes
 
 if TYPE_CHECKING:
     from localmoe.formats.safetensors import TensorInfo
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from localmoe.model.config import ModelConfig
 
 _FIRST_PROMPT = 16  # tokens of the prompt whose first token is waited for
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -133,18 +132,18 @@ def _random_ids(engine: Engine, count: int) -> torch.Tensor:
 
 def _prefill(engine: Engine, count: int) -> float:
     """Seconds to the last token's logits."""
-    cache = LatentCache(engine.config, count, engine.kernels.cache_dtype)
+    cache = engine.model.new_cache(count)
     ids = _random_ids(engine, count)
     started = time.perf_counter()
     with torch.inference_mode():
-        for start in range(0, count, _CHUNK):
-            engine.model.forward(ids[start : start + _CHUNK], cache, last_only=True)
+        for start in range(0, count, engine.model.prefill_chunk):
+            engine.model.forward(ids[start : start + engine.model.prefill_chunk], cache, last_only=True)
     return time.perf_counter() - started
 
 
 def _decode(engine: Engine, count: int, context: int) -> tuple[float, dict[str, float]]:
     """Median seconds a token, and the mean milliseconds of its parts."""
-    cache = LatentCache(engine.config, context + count + 1, engine.kernels.cache_dtype)
+    cache = engine.model.new_cache(context + count + 1)
     generator = torch.Generator().manual_seed(0)
     for layer in range(engine.config.num_hidden_layers):
         cache.append(layer, torch.randn(context, engine.config.latent_width, generator=generator))

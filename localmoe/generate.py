@@ -14,15 +14,11 @@ from typing import Literal
 from torch import Tensor
 
 from localmoe.errors import ContextOverflowError, InputError, UsageError
+from localmoe.model.deepseek import PREFILL_CHUNK
 from localmoe.sampling import History, SamplingParams, logprob, sample, top_logprobs
 from localmoe.session import CachedTokens, LanguageModel
 from localmoe.speculative import DraftLength, SpeculationStats
 from localmoe.text import StreamingDetokenizer, overlap
-
-PREFILL_CHUNK = 512
-"""Tokens of a prompt computed in one pass. Large enough that an expert meets a batch worth reading its weights
-for (V2-Lite: 512 * 6 / 64 = 48 tokens an expert), small enough that activations stay in tens of MB and Ctrl-C is
-noticed between passes."""
 
 
 @dataclass(frozen=True)

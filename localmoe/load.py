@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -22,21 +23,31 @@ from localmoe.errors import (
 )
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import TensorInfo
-from localmoe.generate import PREFILL_CHUNK, Settings, Step, generate
+from localmoe.generate import Settings, Step, generate
 from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import MemoryNeeds, available_memory, choose_context
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
-from localmoe.model.kv_cache import LatentCache, row_bytes
+from localmoe.model.kv_cache import row_bytes
 from localmoe.model.mtp import MtpLayer, has_mtp
 from localmoe.model.shapes import check_checkpoint
+from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
+from localmoe.offload.heat import Heat, heat_file
+from localmoe.offload.machine import GIB
+from localmoe.offload.plan import Budgets, Placement, experts_on_card, place, prompt_chunk
+from localmoe.offload.predict import stream_from
+from localmoe.offload.probe import look
+from localmoe.offload.record import machine_here
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
-from localmoe.store import Resolved, resolve
+from localmoe.store import Resolved, home, resolve
 from localmoe.text import ChatTemplate, Message, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
+
+if TYPE_CHECKING:
+    from localmoe.model.card.model import CardModel
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -52,6 +63,7 @@ def load(
     ram: int | None = None,
     cache_dtype: str = "auto",
     mtp: int | None = 0,
+    deterministic: bool = False,
 ) -> Engine:
     """Open a model: a name or repository id, with or without a `:RECIPE` or `:source` ending, or a directory.
 
@@ -60,12 +72,13 @@ def load(
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
-    measuring finds to pay, 0: none.
+    measuring finds to pay, 0: none. On a card experts change places as they are used, and with them the last bits of
+    results, unless it is to be `deterministic`.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
     """
-    _check_device(device, vram)
+    card = choose_card(device, vram)
     if mtp is not None and not 0 <= mtp <= MOST_DRAFTS:
         raise UsageError(f"--mtp {mtp}: from 0 to {MOST_DRAFTS} tokens can be guessed at a time")
     chosen = Kernels.choose(kernels, threads, cache_dtype)
@@ -76,7 +89,6 @@ def load(
     check_checkpoint(config, checkpoint)
     needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row_bytes(config, chosen.cache_dtype))
     budget = available_memory() if ram is None else ram
-    context = choose_context(needs, config.max_position_embeddings, ctx, budget)
     if threads is not None:
         # Torch computes what has no kernel of ours (norms, softmax, prefill). Its pool belongs to the process and
         # idles while our kernels' pool runs, so both get the same number. Unset, torch takes a thread a core.
@@ -84,23 +96,87 @@ def load(
     if budget is not None and needs.always + needs.experts < budget:
         checkpoint.warm()
     experts = ExpertStore(checkpoint, config, chosen)
-    engine = Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
+    if card is not None:
+        engine = _on_card(card, checkpoint, config, chosen, experts, Budgets(budget, card.vram, ctx), deterministic)
+    else:
+        context = choose_context(needs, config.max_position_embeddings, ctx, budget)
+        engine = Engine(Model(config, checkpoint, chosen, experts.layer), checkpoint, chosen, context)
     if mtp != 0:
-        layer = MtpLayer(engine.model, checkpoint, chosen, experts.layer) if has_mtp(config, checkpoint) else None
-        engine.speculate(layer, mtp)
+        engine.speculate(_mtp_layer(engine.model, checkpoint, chosen, experts), mtp)
     return engine
+
+
+def _on_card(
+    card: CardMemory,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    kernels: Kernels,
+    experts: ExpertStore,
+    may: Budgets,
+    deterministic: bool,
+) -> Engine:
+    """An engine with as much of the model on the card as its memory holds."""
+    from localmoe.model.card.model import CardLayout, CardModel
+    from localmoe.offload.card import CardExperts
+
+    known = heat_file(home(), checkpoint.directory)
+    heat = Heat.read(known, config)
+    subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
+    placed = place(subject, may)
+    hold_to(card)
+    machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True)
+    from_tokens = stream_from(subject, machine, placed.layers)
+    chosen = experts_on_card(subject, placed.layers)
+    kept = CardExperts(checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens)
+    layers = sum(layer.on_gpu for layer in placed.layers)
+    layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context, prompt_chunk(config, card.vram))
+    try:
+        model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer, kept.between_passes)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"--vram {card.vram / GIB:.2f} GiB: other programs took the card's memory meanwhile; try again with less"
+        ) from error
+    if not deterministic:
+        kept.keep_fresh()
+
+    def closing() -> None:
+        kept.close()
+        with suppress(OSError):  # a hint for the next run, which does without
+            heat.plus(kept.uses()).write(known)
+
+    return Engine(model, checkpoint, kernels, placed.context, placed, closing)
+
+
+def _mtp_layer(
+    model: Model | CardModel, checkpoint: Checkpoint, kernels: Kernels, experts: ExpertStore
+) -> MtpLayer | None:
+    """The checkpoint's own. On a card guesses come from what the text repeats: the MTP layer is the CPU's so far."""
+    if not isinstance(model, Model) or not has_mtp(model.config, checkpoint):
+        return None
+    return MtpLayer(model, checkpoint, kernels, experts.layer)
 
 
 class Engine:
     """An open model. Made by `load`; close it, or use it as a context manager."""
 
-    def __init__(self, model: Model, checkpoint: Checkpoint, kernels: Kernels, max_context: int) -> None:
+    def __init__(
+        self,
+        model: Model | CardModel,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        max_context: int,
+        placement: Placement | None = None,
+        closing: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.placement = placement
+        """Where everything is, if some of it is on a card."""
+        self._closing = closing  # called once
         self.config: ModelConfig = model.config
         self.path: Path = checkpoint.directory
         self.kernels = kernels
         self.max_context = max_context
         self._checkpoint = checkpoint
-        self._model: Model | None = model
+        self._model: Model | CardModel | None = model
         self._cached: CachedTokens | None = None  # what `reuse_prefix` goes on from
         self._mtp: MtpLayer | None = None
         self._lengths: DraftLength | None = None
@@ -159,11 +235,11 @@ class Engine:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if len(ids) > self.max_context:
             raise ContextOverflowError(f"{len(ids):,} tokens do not fit the context of {self.max_context:,}")
-        cache = LatentCache(self.config, len(ids), self.kernels.cache_dtype)
+        cache = model.new_cache(len(ids))
         logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
         with torch.inference_mode():
-            for start in range(0, max(len(ids), 1), PREFILL_CHUNK):
-                chunk = slice(start, start + PREFILL_CHUNK)
+            for start in range(0, max(len(ids), 1), model.prefill_chunk):
+                chunk = slice(start, start + model.prefill_chunk)
                 logits[chunk] = model.forward(ids[chunk], cache)
         return logits
 
@@ -241,17 +317,20 @@ class Engine:
             settings,
             end_ids=self._end_ids,
             detokenizer=self.tokenizer.stream() if self._has_tokenizer else None,
+            prefill_chunk=model.prefill_chunk,
             lengths=self._lengths,
         )
 
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
+        if self._model is not None:
+            self._closing()
         self._model = self._mtp = None
         self._cached = None
         self._checkpoint.close()
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Model | CardModel:
         """The network itself, for tools that run it their own way. Raises UsageError when the engine is closed."""
         if self._model is None:
             raise UsageError("the engine is closed")
@@ -271,7 +350,7 @@ class Engine:
             drafter = MtpDrafter(self._mtp, self._mtp.cache(capacity, dtype))
         elif self._lengths is not None:
             drafter = LookupDrafter()
-        return CachedTokens(LatentCache(self.config, capacity, dtype), drafter)
+        return CachedTokens(self.model.new_cache(capacity), drafter)
 
     def _chat_ids(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
         template = self.chat_template
@@ -288,15 +367,6 @@ class Engine:
     @cached_property
     def _end_ids(self) -> frozenset[int]:
         return self.tokenizer.eos_ids if self._has_tokenizer else end_token_ids(self.path)
-
-
-def _check_device(device: str, vram: int | None) -> None:
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {device!r} is unknown; choose auto, cpu or cuda")
-    if device == "cuda":
-        raise DeviceError("this version of localmoe computes on the CPU; leave out --device cuda")
-    if vram is not None:
-        raise DeviceError("this version of localmoe computes on the CPU and uses no GPU memory; leave out --vram")
 
 
 def _refuse_unquantized(resolved: Resolved, checkpoint: Checkpoint) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gpu_engine
 import torch
 from torch import Tensor
 
@@ -188,17 +189,8 @@ def driver() -> str | None:
 def extension(bench: Bench) -> Iterator[dict[str, Any]]:
     """Builds the CPU kernels for this Python, in a folder that is gone afterwards, and asks them for their tiers."""
     started = time.perf_counter()
-    nanobind = subprocess.run(
-        [sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     with tempfile.TemporaryDirectory() as scratch:
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", scratch, "-DCMAKE_BUILD_TYPE=Release", f"-Dnanobind_DIR={nanobind}",
-            f"-DPython_EXECUTABLE={sys.executable}", *(["-G", "Ninja"] if shutil.which("ninja") else []),
-        ]  # fmt: skip
-        for command in (configure, ["cmake", "--build", scratch, "--parallel"]):
-            subprocess.run(command, check=True, stdout=sys.stderr)
-        (built,) = Path(scratch).glob("_cpu*.so")
+        built = gpu_engine.build_extension(Path(scratch))
         spec = importlib.util.spec_from_file_location("_cpu", built)
         assert spec is not None
         assert spec.loader is not None
@@ -399,8 +391,9 @@ def run(name: str, device: str) -> None:
     bench = Bench(device)
     sections: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
         "environment": environment, "extension": extension, "bandwidth": bandwidth, "matvec": matvec,
-        "matmul": matmul, "experts": experts, "decode": decode,
+        "matmul": matmul, "experts": experts, "decode": decode, "check-engine": gpu_engine.check_engine,
+        "engine": gpu_engine.engine,
     }  # fmt: skip
-    rows = check(bench, name.removeprefix("check-")) if name.startswith("check-") else sections[name](bench)
+    rows = sections[name](bench) if name in sections else check(bench, name.removeprefix("check-"))
     for row in rows:
         print(f"ROW {json.dumps(row)}", flush=True)

@@ -24,6 +24,7 @@ def sections() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu_sections"] = module  # dataclasses look there
+    sys.path.insert(0, str(SCRIPTS))
     spec.loader.exec_module(module)
     return module
 
@@ -46,10 +47,12 @@ def gpu_check(*arguments: str) -> tuple[int, list[str], dict[str, Any]]:
         ("matmul", 5, ("eager_us", "tflops")),
         ("experts", 4, ("eager_us", "gbps", "share")),
         ("decode", 2, ("eager_us", "gbps", "share")),
+        ("engine", 1, ("prefill_tps", "decode_tps", "open_s")),
     ],
 )
 def test_timings(name: str, count: int, figures: tuple[str, ...], sections: ModuleType) -> None:
-    rows = list(getattr(sections, name)(sections.Bench("cpu")))
+    of = sections if hasattr(sections, name) else sections.gpu_engine
+    rows = list(getattr(of, name)(sections.Bench("cpu")))
     assert len(rows) == count
     for row in rows:
         assert "error" not in row

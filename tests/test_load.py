@@ -134,8 +134,9 @@ class TestOpening:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"device": "cuda"}, DeviceError, "computes on the CPU"),
-            ({"vram": 1 << 30}, DeviceError, "computes on the CPU"),
+            ({"device": "cuda"}, DeviceError, "--device cuda: .*; --device cpu computes without a card"),
+            ({"vram": 1 << 30}, DeviceError, "--vram: .*; --device cpu"),
+            ({"device": "cpu", "vram": 1 << 30}, UsageError, "leave out one of them"),
             ({"device": "tpu"}, UsageError, "'tpu' is unknown"),
             ({"kernels": "sse9"}, UsageError, "sse9"),
             ({"threads": 0}, UsageError, "threads"),

@@ -104,7 +104,7 @@ def what_would_help(facts: Facts, figures: Mapping[str, Figure], threads: int) -
         lines.append("transparent huge pages are off: `echo madvise` into /sys/kernel/mm/transparent_hugepage/enabled")
     if facts.cards:
         lines.append(
-            "this version computes on the CPU; `localmoe plan MODEL --vram SIZE` forecasts what the card will add"
+            "`localmoe plan MODEL --device cuda` forecasts what the card adds; its speeds are assumed, not yet measured"
         )
     return lines
 

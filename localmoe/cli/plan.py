@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from localmoe.offload.predict import Speed, Subject
 
 _KEYS = (
-    "model, recipe (null: as it is stored), device, forecast (the card's part, until the GPU engine lands), threads, "
+    "model, recipe (null: as it is stored), device, forecast (the card's part, whose speeds nobody measured), threads, "
     "budgets {ram, vram}, context, longest_context, parts [{part, tier (gpu, ram, disk), size_bytes, what, why}], "
     "tiers {gpu, ram, disk}, latent_cache {bytes_per_token, plain_bytes_per_token}, decode, decode_full, prefill "
     "{tokens_per_second, bound, bound_share, seconds}, prompt_tokens, stream_from_tokens, cpu_layers, "
@@ -31,7 +31,7 @@ _KEYS = (
     "origin (cached, assumed), note}}, notes"
 )
 _WHERE = {"gpu": "GPU", "ram": "CPU memory", "disk": "disk"}
-_FORECAST = "the card's part is a forecast: this version computes on the CPU, the GPU engine is being built"
+_FORECAST = "the card's part is a forecast: its speeds are assumed, not measured"
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,13 @@ class Backend:
         self._kernels.experts(experts, array(hidden), array(expert_ids), array(weights), array(result))
         return result
 
+    def job(
+        self, experts: _cpu.Experts, hidden: Tensor, expert_ids: Tensor, weights: Tensor, slots: Tensor, result: Tensor
+    ) -> _cpu.ExpertJob:
+        """See `localmoe.kernels.experts.ExpertProducts.job`; every expert must have been set."""
+        arrays = map(array, (hidden, expert_ids, weights, slots, result))
+        return _cpu.ExpertJob(self._kernels, experts, *arrays)
+
     def attention(self, attention: _cpu.Attention, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
         """Absorbed attention of a few tokens: float32 [T, H] -> [T, H] (`localmoe.model.mla` has the maths).
 

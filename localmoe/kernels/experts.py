@@ -38,14 +38,34 @@ class ExpertProducts:
     def __call__(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Sum of weight * expert(hidden), plus shared(hidden).
 
-        hidden float32 [T, H], expert_ids int64 [T, k] (distinct in a row), weights float32 [T, k] -> [T, H].
+        hidden float32 [T, H], expert_ids int64 [T, k] (distinct in a row), weights float32 [T, k] -> [T, H]. An id of
+        -1 is somebody else's to add.
         """
-        missing = [expert for expert in set(expert_ids.flatten().tolist()) if self._held[expert] is None]
-        for expert in missing:
-            self._hold(expert)
+        for expert in set(expert_ids.flatten().tolist()):
+            if expert >= 0 and self._held[expert] is None:
+                self._hold(expert)
         if self._native is not None and self._backend is not None:
             return self._backend.experts(self._native, hidden, expert_ids, weights)
         return self._grouped(hidden, expert_ids, weights)
+
+    def complete(self) -> bool:
+        """Look up all experts that are not yet; whether native kernels have every one of them."""
+        for expert, held in enumerate(self._held):
+            if held is None:
+                self._hold(expert)
+        return self._native is not None
+
+    def job(
+        self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, slots: Tensor, result: Tensor
+    ) -> _cpu.ExpertJob | None:
+        """The same for the routed experts without a slot, as a job over this very memory, to be run again and again.
+
+        hidden and result float32 [T, H], expert_ids int32 [T, k], weights float32 [T, k], slots int32 [E], -1 for the
+        experts that the job computes. None where there is no native kernel.
+        """
+        if not self.complete() or self._native is None or self._backend is None:
+            return None
+        return self._backend.job(self._native, hidden, expert_ids, weights, slots, result)
 
     def _native_experts(self, backend: cpu.Backend, count: int) -> _cpu.Experts | None:
         """None where the shared expert's form has no native kernel."""
@@ -71,8 +91,10 @@ class ExpertProducts:
         """Each expert runs once over its tokens."""
         out = torch.zeros_like(hidden)
         flat, order = expert_ids.flatten().sort(stable=True)
-        tokens = order // max(expert_ids.shape[1], 1)  # [T * k], grouped by expert
-        scales = weights.flatten()[order].unsqueeze(1)  # [T * k, 1]
+        start = int((flat < 0).sum())
+        flat, order = flat[start:], order[start:]
+        tokens = order // max(expert_ids.shape[1], 1)  # grouped by expert, those that are elsewhere left out
+        scales = weights.flatten()[order].unsqueeze(1)
         start = 0
         for expert, count in enumerate(flat.bincount().tolist()):
             if count == 0:

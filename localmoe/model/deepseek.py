@@ -16,6 +16,11 @@ from localmoe.model.mla import Attention, Path, Positions, cheaper_path
 from localmoe.model.moe import Experts, MoE
 from localmoe.model.rope import Rope
 
+PREFILL_CHUNK = 512
+"""Tokens of a prompt computed in one pass. Large enough that an expert meets a batch worth reading its weights
+for (V2-Lite: 512 * 6 / 64 = 48 tokens an expert), small enough that activations stay in tens of MB and Ctrl-C is
+noticed between passes."""
+
 
 class Block:
     """One layer: attention and MLP (dense or MoE), each after its norm and added to the stream."""
@@ -80,6 +85,7 @@ class Model:
         path: Path | None = None,
     ) -> None:
         self.config = config
+        self.prefill_chunk = PREFILL_CHUNK
         self._path = path
         self._kernels = kernels
         self._rope = Rope(config)
@@ -88,6 +94,10 @@ class Model:
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
         self._head = Linear(source, "model.embed_tokens" if config.tie_word_embeddings else "lm_head", kernels)
         self._head_time = kernels.profile.part("head")
+
+    def new_cache(self, capacity: int) -> LatentCache:
+        """An empty cache of up to `capacity` tokens."""
+        return LatentCache(self.config, capacity, self._kernels.cache_dtype)
 
     def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
         """Run `token_ids` int64 [T] after the tokens in `cache`, which then holds them too.
@@ -100,11 +110,8 @@ class Model:
 
     def states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """As `forward`, but the states after the final norm, float32 [T, H]: what the head and the MTP layer read."""
+        check_tokens(token_ids, self.config.vocab_size)
         count = len(token_ids)
-        if count == 0:
-            raise InputError("there is no token to run the model on")
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.config.vocab_size:
-            raise InputError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
         self._kernels.share_cores(count)
         positions = self.positions(cache.length, count)
         x = self.embed(token_ids)
@@ -124,7 +131,20 @@ class Model:
 
     def positions(self, start: int, count: int) -> Positions:
         """The places `start` to `start + count` of a sequence."""
-        future = torch.ones(count, count, dtype=torch.bool).triu_(1) if count > 1 else None
-        path = self._path or cheaper_path(self.config, count, start + count)
-        rotations = self._rope.rotations(start, count)
-        return Positions(rotations, torch.view_as_real(rotations).flatten(1), future, path)
+        return positions(self.config, self._rope, start, count, self._path)
+
+
+def positions(config: ModelConfig, rope: Rope, start: int, count: int, path: Path | None = None) -> Positions:
+    """The places `start` to `start + count` of a sequence, for blocks; `path` None takes the cheaper one."""
+    future = torch.ones(count, count, dtype=torch.bool).triu_(1) if count > 1 else None
+    rotations = rope.rotations(start, count)
+    flat = torch.view_as_real(rotations).flatten(1)
+    return Positions(rotations, flat, future, path or cheaper_path(config, count, start + count))
+
+
+def check_tokens(token_ids: Tensor, vocabulary: int) -> None:
+    """Raises InputError for no tokens or an id outside the vocabulary."""
+    if len(token_ids) == 0:
+        raise InputError("there is no token to run the model on")
+    if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocabulary:
+        raise InputError(f"a token id is outside the vocabulary of {vocabulary}")

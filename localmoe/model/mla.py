@@ -30,7 +30,7 @@ from localmoe.model.rope import rotate, softmax_scale
 Path = Literal["naive", "absorbed"]
 
 # Both latent norms have this eps whatever rms_norm_eps is, in DeepSeek's code and in transformers
-_LATENT_NORM_EPS = 1e-6
+LATENT_NORM_EPS = 1e-6
 # Scores, and the naive path's keys and values, are made for as many heads at a time as fit in this
 _WORKSPACE_BYTES = 256 << 20
 
@@ -109,10 +109,10 @@ class Attention:
             self._q_proj = Linear(source, f"{module}.q_proj", kernels)
         else:
             self._q_a_proj = Linear(source, f"{module}.q_a_proj", kernels, bias=bias)
-            self._q_a_norm = RMSNorm(source, f"{module}.q_a_layernorm", _LATENT_NORM_EPS)
+            self._q_a_norm = RMSNorm(source, f"{module}.q_a_layernorm", LATENT_NORM_EPS)
             self._q_b_proj = Linear(source, f"{module}.q_b_proj", kernels)
         self._kv_a_proj = Linear(source, f"{module}.kv_a_proj_with_mqa", kernels, bias=bias)
-        self._kv_a_norm = RMSNorm(source, f"{module}.kv_a_layernorm", _LATENT_NORM_EPS)
+        self._kv_a_norm = RMSNorm(source, f"{module}.kv_a_layernorm", LATENT_NORM_EPS)
         self._o_proj = Linear(source, f"{module}.o_proj", kernels, bias=bias)
         self._kv_b = source.weight(f"{module}.kv_b_proj")  # [A * (n + v), r]
         self._decode = None if bias else kernels.attention(self._decode_weights(source, module))
@@ -129,7 +129,7 @@ class Attention:
             heads=config.num_attention_heads,
             nope=config.qk_nope_head_dim,
             scale=self._scale,
-            epsilon=_LATENT_NORM_EPS,
+            epsilon=LATENT_NORM_EPS,
             query_down=(source.weight(f"{module}.q_a_proj"), self._q_a_norm.weight) if with_down else None,
         )
 

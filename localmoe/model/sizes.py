@@ -24,6 +24,16 @@ from localmoe.model.shapes import layer_modules, layer_tensors
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+PREFILL_BYTES = 128 << 20
+"""What the card takes at a time for a prompt's expanded keys and values, of as many heads as fit, at least one."""
+SCORE_BYTES = 192 << 20
+"""The same for scores and masks, of as many queries as fit, should nothing fuse them."""
+FIXED_BYTES = 160 << 20
+"""What passes of a few rows work in, rotations of every position, and what torch's libraries take for themselves."""
+HEAD_ROWS = 64
+"""Rows whose logits are on the card at a time: a vocabulary is wide."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """How a checkpoint stores its matrices: by schemes, in FP8 blocks (a source), or in `dtype` throughout."""
@@ -212,3 +222,13 @@ def _part(matrices: Iterable[tuple[str, list[TensorSpec]]], extra: int = 0, extr
 def _values_a_number(form: str) -> int:
     """Weights in one number of the first tensor: int32 words of 8 or 4, bytes of 2."""
     return {"int4": 8, "int8": 4, "nf4": 2}.get(form, 1)
+
+
+def card_workspace(config: ModelConfig, tokens: int) -> int:
+    """Bytes that `localmoe.model.card` takes beside weights and latents for passes of up to `tokens`, all float32."""
+    heads, hidden, k = config.num_attention_heads, config.hidden_size, config.num_experts_per_tok
+    attention = heads * (2 * config.qk_head_dim + config.v_head_dim)
+    experts = k * (hidden + config.moe_intermediate_size)
+    widest = max(config.intermediate_size, config.n_shared_experts * config.moe_intermediate_size)
+    floats = tokens * (8 * hidden + attention + experts + 2 * widest) + HEAD_ROWS * config.vocab_size
+    return FIXED_BYTES + PREFILL_BYTES + SCORE_BYTES + 4 * floats

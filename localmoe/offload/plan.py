@@ -14,13 +14,14 @@ from typing import Literal
 from localmoe.errors import DeviceError, UsageError
 from localmoe.memory import LEAST_CONTEXT, USABLE, MemoryNeeds, choose_context
 from localmoe.model.config import ModelConfig
+from localmoe.model.sizes import card_workspace
 from localmoe.offload.machine import GIB, Machine
-from localmoe.offload.predict import CHUNK, Residence, Speed, Subject, decode, prefill, stream_from
+from localmoe.offload.predict import CHUNK, GPU_CHUNK, Residence, Speed, Subject, decode, prefill, stream_from
 
 Tier = Literal["gpu", "ram", "disk"]
 
-_CUDA_CONTEXT = 512 << 20  # the driver's and the libraries' own, in every process that computes on a card
-_STAGING = 128 << 20  # two buffers of 64 MiB that experts are streamed through, on either side
+CUDA_CONTEXT = 512 << 20  # the driver's and the libraries' own, in every process that computes on a card
+STAGING = 128 << 20  # two buffers of 64 MiB that experts are streamed through, on either side
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,25 @@ def place(subject: Subject, budgets: Budgets, held: int | None = None) -> Placem
     return _place_on_gpu(subject, budgets, budgets.vram, held)
 
 
-def gpu_workspace(config: ModelConfig, chunk: int = CHUNK) -> int:
+def prompt_chunk(config: ModelConfig, vram: int) -> int:
+    """Tokens of a prompt that the card computes at a time: more of them share what is carried over PCIe, but what they
+    work in should not cost the card many experts."""
+    chunks = (GPU_CHUNK >> shift for shift in range(4))
+    return next((chunk for chunk in chunks if card_workspace(config, chunk) <= vram // 8), CHUNK)
+
+
+def gpu_workspace(config: ModelConfig, vram: int) -> int:
     """Bytes of the card that hold neither weights nor cache: CUDA's own, staging buffers, one chunk's activations."""
-    heads = config.num_attention_heads * (config.qk_head_dim + config.latent_width)
-    floats = chunk * (6 * config.hidden_size + heads) + config.vocab_size
-    return _CUDA_CONTEXT + _STAGING + 4 * floats
+    return CUDA_CONTEXT + STAGING + card_workspace(config, prompt_chunk(config, vram))
+
+
+def experts_on_card(subject: Subject, layers: Sequence[Residence]) -> list[list[int]]:
+    """Layer by layer, the experts that `place` put on the card: the hottest, in ascending order."""
+    chosen: list[list[int]] = [[] for _ in layers]
+    for _, expert, index in _by_heat(subject):
+        if len(chosen[index]) < layers[index].gpu_experts:
+            chosen[index].append(expert)
+    return [sorted(experts) for experts in chosen]
 
 
 def _place_on_cpu(subject: Subject, budgets: Budgets, held: int | None) -> Placement:
@@ -152,7 +167,7 @@ def _place_on_cpu(subject: Subject, budgets: Budgets, held: int | None) -> Place
 
 def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | None) -> Placement:
     sizes = subject.sizes
-    room = vram - gpu_workspace(subject.config)
+    room = vram - gpu_workspace(subject.config, vram)
     context, longest = _context_on_gpu(subject, budgets, room)
     on_gpu, head = _layers_on_gpu(subject, room, context)
     _refuse_less_than_a_layer(subject, vram, room, context, on_gpu)
@@ -162,7 +177,9 @@ def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | Non
     slots = max(0, (room - used) // sizes.expert) if sizes.expert else 0
     layers = _place_experts(subject, on_gpu, slots, _ram_room(subject, budgets, on_gpu, head, context))
     shares = [
-        _share("workspace", "gpu", gpu_workspace(subject.config), "", "CUDA's own, staging, a chunk's activations"),
+        _share(
+            "workspace", "gpu", gpu_workspace(subject.config, vram), "", "CUDA's own, staging, a chunk's activations"
+        ),
         *_always_shares(subject, layers, "gpu", "every token reads it, so it is worth most on the card"),
         _cache_share(subject, "gpu", cached, sum(on_gpu), "every token reads all of it"),
         _share("head", "gpu" if head else "ram", sizes.head.nbytes, "", "every token reads it"),
@@ -170,7 +187,7 @@ def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | Non
         _cache_share(subject, "ram", cached, len(on_gpu) - sum(on_gpu), "beside the layers that it belongs to"),
         *_expert_shares(subject, layers),
         _share(
-            "staging", "ram", _STAGING, "pinned", "a mapped file cannot be pinned: weights go to the card through it"
+            "staging", "ram", STAGING, "pinned", "a mapped file cannot be pinned: weights go to the card through it"
         ),
         *_rest(subject),
     ]
@@ -221,7 +238,7 @@ def _ram_room(subject: Subject, budgets: Budgets, on_gpu: Sequence[bool], head: 
     if budgets.ram is None:
         return None
     sizes = subject.sizes
-    always = _STAGING + sizes.head.nbytes * (not head)
+    always = STAGING + sizes.head.nbytes * (not head)
     for layer, here in zip(sizes.layers, on_gpu, strict=True):
         always += 0 if here else layer.always + context * subject.cache_row
     room = int(budgets.ram * USABLE) - always

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.errors import StorageError
+from localmoe.formats.files import write_atomically
 from localmoe.offload.machine import CPU_FIGURES, Figure, GpuSpeed, Machine, assumed_disk, assumed_gpu, cpu_speed
 from localmoe.offload.probe import Card, Facts
 
@@ -53,17 +52,7 @@ def save(home: Path, record: Record) -> Path:
     }
     try:
         home.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=home, prefix=f".{NAME}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, sort_keys=True)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     return path

@@ -65,7 +65,7 @@ def test_a_card_is_a_forecast(invoke, v3: str) -> None:
     result = invoke("plan", v3, "--recipe", "balanced", "--vram", "12GiB", "--ram", "256GiB")
     assert result.status == 0
     assert result.out.startswith(f"{v3}:balanced on a card that is not here, beside the CPU, ")
-    assert len(re.findall(r"the card's part is a forecast: this version computes on the CPU", result.out)) == 1
+    assert len(re.findall(r"the card's part is a forecast: its speeds are assumed", result.out)) == 1
     for said in ("GPU           12 GiB of 12 GiB", "68.6 KiB a token; plain keys and values would take 4.77 MiB",
                  "layers are on the CPU; with all on the card", "1 GiB more of --vram: ", "wait for the disk",
                  "GiB of CPU memory, which holds every expert"):  # fmt: skip

@@ -79,7 +79,7 @@ def test_the_card_is_never_asked_for_more_than_its_budget(name: str, gib: int, c
         assert placement.nbytes("gpu") <= gib * GIB
         tokens = 0 if held == 0 else placement.context
         total = sum(share.nbytes for share in placement.shares)
-        extra = gpu_workspace(model.config) + (128 << 20)
+        extra = gpu_workspace(model.config, gib * GIB) + (128 << 20)
         assert total == model.sizes.nbytes + tokens * model.cache_per_token + extra
     full, empty = place(model, budgets), place(model, budgets, 0)
     assert sum(h.gpu_experts for h in full.layers) <= sum(h.gpu_experts for h in empty.layers)
@@ -106,7 +106,7 @@ def test_less_than_a_layer_is_refused_with_what_would_do() -> None:
     named = float(str(told.value).split("tokens; ")[1].split(" GiB")[0])
     assert place(v3, Budgets(ram=512 * GIB, vram=int(named * GIB), context=4096)).layers[0].on_gpu
     with pytest.raises(DeviceError, match="of CPU memory"):
-        place(v3, Budgets(ram=4 * GIB, vram=2 * GIB, context=4096))
+        place(v3, Budgets(ram=4 * GIB, vram=3 * GIB, context=4096))
     with pytest.raises(UsageError, match="1 to 163840"):
         place(v3, Budgets(vram=24 * GIB, context=163841))
 

@@ -90,7 +90,7 @@ def test_a_failed_save_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("localmoe.offload.record.os.fsync", full)
+    monkeypatch.setattr("localmoe.formats.files.os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         save(tmp_path, replace(RECORD, threads=8))
     found, _ = read(tmp_path)

@@ -26,7 +26,8 @@ void ExpertWorkspace::plan(const std::vector<std::optional<Mlp>>& routed, const 
                            int64_t tokens) {
   by_expert_.resize(std::max(by_expert_.size(), routed.size()));
   for (auto& slots : by_expert_) slots.clear();
-  for (int64_t i = 0; i < tokens * routing.k; ++i) by_expert_[routing.ids[i]].push_back(static_cast<int32_t>(i));
+  for (int64_t i = 0; i < tokens * routing.k; ++i)
+    if (routing.ids[i] != kElsewhere) by_expert_[routing.ids[i]].push_back(static_cast<int32_t>(i));
   used_ = 0;
   const auto add = [&](const Mlp& mlp) -> Job& {
     Job& added = job(used_++);

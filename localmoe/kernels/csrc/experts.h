@@ -18,7 +18,9 @@ struct Mlp {
   Matrix gate, up, down;
 };
 
-// Which experts a token goes to: [tokens, k]. The ids of a token are distinct.
+constexpr int64_t kElsewhere = -1;  // instead of an id: somebody else computes that expert
+
+// Which experts a token goes to: [tokens, k]. The ids of a token are distinct, those that are here.
 struct Routing {
   const int64_t* ids;
   const float* weights;

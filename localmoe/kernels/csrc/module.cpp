@@ -12,6 +12,7 @@
 
 #include "arrays.h"
 #include "attention.h"
+#include "driver.h"
 #include "experts.h"
 #include "kernels.h"
 #include "router.h"
@@ -178,14 +179,19 @@ class Kernels {
     require(extent(y, 0) == tokens && extent(y, 1) == width, "the result has another shape");
     for (int64_t i = 0; i < tokens * k; ++i) {
       const int64_t id = ids.data()[i];
+      if (id == kElsewhere) continue;
       require(id >= 0 && id < static_cast<int64_t>(experts.routed().size()) && experts.has(id), "no such expert");
       require(experts.routed()[id]->gate.in == width, "an expert has another width");
     }
     require(experts.shared() == nullptr || experts.shared()->gate.in == width, "the shared expert has another width");
     nb::gil_scoped_release released;
+    run(experts, {ids.data(), weights.data(), k}, x.data(), tokens, width, y.data());
+  }
+
+  // The same, of what was checked before.
+  void run(const Experts& experts, const Routing& routing, const float* x, int64_t tokens, int64_t width, float* y) {
     std::lock_guard lock(mutex_);
-    workspace_.forward(tier_, pool_, experts.routed(), experts.shared(), {ids.data(), weights.data(), k}, x.data(),
-                       tokens, width, y.data());
+    workspace_.forward(tier_, pool_, experts.routed(), experts.shared(), routing, x, tokens, width, y);
   }
 
   // y = the attention output of x, whose rows are written to `cache` at `start` and after.
@@ -227,6 +233,52 @@ class Kernels {
   AttentionWorkspace attention_;
 };
 
+// What the CPU does of one layer's experts while a card computes the others: made once over memory that both sides know,
+// run again and again, on the driver's thread. An expert that has a slot on the card is left out.
+class ExpertJob {
+ public:
+  using Ids = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+  using Slots = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+  ExpertJob(Kernels& kernels, const Experts& experts, const Rows<float>& x, const Ids& ids, const Rows<float>& weights,
+            const Slots& slots, const Result& y)
+      : kernels_(kernels), experts_(experts), x_(x), ids_(ids), weights_(weights), slots_(slots), y_(y) {
+    const int64_t tokens = extent(x, 0), count = static_cast<int64_t>(experts.routed().size());
+    require(extent(ids, 0) == tokens && extent(weights, 0) == tokens && extent(weights, 1) == extent(ids, 1),
+            "ids and weights do not fit the tokens");
+    require(extent(y, 0) == tokens && extent(y, 1) == extent(x, 1), "the result has another shape");
+    require(extent(slots, 0) == count, "there is not one slot an expert");
+    for (int64_t id = 0; id < count; ++id)
+      require(experts.has(id) && experts.routed()[id]->gate.in == extent(x, 1), "an expert is missing or does not fit");
+    known_.resize(tokens * extent(ids, 1));
+  }
+
+  void run() {
+    const int64_t count = static_cast<int64_t>(experts_.routed().size());
+    for (size_t i = 0; i < known_.size(); ++i) {
+      const int64_t id = ids_.data()[i];
+      known_[i] = id < 0 || id >= count || slots_.data()[id] >= 0 ? kElsewhere : id;
+    }
+    kernels_.run(experts_, {known_.data(), weights_.data(), extent(ids_, 1)}, x_.data(), extent(x_, 0), extent(x_, 1),
+                 y_.data());
+  }
+
+  // Once what is in the stream is done.
+  void enqueue(const CudaDriver& driver, uintptr_t stream) {
+    driver.launch(reinterpret_cast<void*>(stream), [](void* job) { static_cast<ExpertJob*>(job)->run(); }, this);
+  }
+
+ private:
+  Kernels& kernels_;
+  const Experts& experts_;
+  Rows<float> x_;
+  Ids ids_;
+  Rows<float> weights_;
+  Slots slots_;
+  Result y_;
+  std::vector<int64_t> known_;
+};
+
 }  // namespace
 }  // namespace localmoe
 
@@ -261,6 +313,14 @@ NB_MODULE(_cpu, m) {
       .def("experts", &Kernels::experts)
       .def("read_bandwidth", &Kernels::read_bandwidth)
       .def("attention", &Kernels::attention);
+  nb::class_<CudaDriver>(m, "CudaDriver").def(nb::init<const std::string&>(), "library"_a);
+  nb::class_<ExpertJob>(m, "ExpertJob")
+      .def(nb::init<Kernels&, const Experts&, const Rows<float>&, const ExpertJob::Ids&, const Rows<float>&,
+                    const ExpertJob::Slots&, const Result&>(),
+           "kernels"_a, "experts"_a, "x"_a, "ids"_a, "weights"_a, "slots"_a, "y"_a, nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>())
+      .def("run", &ExpertJob::run, nb::call_guard<nb::gil_scoped_release>())
+      .def("enqueue", &ExpertJob::enqueue, "driver"_a, "stream"_a);
   nb::class_<Attention>(m, "Attention")
       .def(nb::init<const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&,
                     std::vector<float>, int64_t, int64_t, float, float>(),

@@ -49,14 +49,14 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     hidden, down, down_scales, table, expert_ids, slots, weights, out, length, height, top, hidden_stride, out_stride,
-    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, FRESH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (token, block of rows). Adds the token's experts to `out`, in the order they are named."""
+    """Programs: (token, block of rows). Adds the token's experts to `out`, or to 0, in the order they are named."""
     token = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_ok = rows < height
     target = out + token * out_stride + rows
-    total = tl.load(target, mask=rows_ok, other=0.0)
+    total = tl.zeros((BLOCK_N,), tl.float32) if FRESH else tl.load(target, mask=rows_ok, other=0.0)
     for choice in range(top):
         pair = token * top + choice
         slot = tl.load(slots + tl.load(expert_ids + pair)).to(tl.int64)
@@ -70,9 +70,19 @@ def down_kernel(
 
 
 def add_experts(
-    x: Tensor, stack: ExpertStack, expert_ids: Tensor, weights: Tensor, hidden: Tensor, out: Tensor, launch: Launch
+    x: Tensor,
+    stack: ExpertStack,
+    expert_ids: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    launch: Launch,
+    *,
+    fresh: bool = False,
 ) -> Tensor:
     """out[t] += sum of weight * expert(x[t]) over the chosen experts that have a slot. A row's bits are its own.
+
+    `fresh`: out[t] becomes that sum, whatever it was.
 
     x float32 [T, H], in octets unless gate is dense; expert_ids int32 [T, k]; weights float32 [T, k]; hidden float32
     [T * k, I] is room to work in; out float32 [T, H].
@@ -88,6 +98,6 @@ def add_experts(
     down_kernel[(tokens, triton.cdiv(down.out_features, launch.matvec_rows))](
         hidden, down.values, down.scales, down.table, expert_ids, stack.slots, weights, out,
         down.in_features, down.out_features, top, hidden.stride(0), out.stride(0),
-        KIND=down.kind, GROUP=down.group, **common,
+        KIND=down.kind, GROUP=down.group, FRESH=fresh, **common,
     )  # fmt: skip
     return out

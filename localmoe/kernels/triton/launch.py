@@ -18,9 +18,14 @@ class Launch:
     matvec_rows: int = 8
     matvec_columns: int = 1024
     matvec_warps: int = 4
+    fold_rows: int = 32  # of a head's k_b
+    fold_columns: int = 64
+    fold_warps: int = 4
+    unfold_columns: int = 512
     matmul_tokens: int = 64
     matmul_rows: int = 64
     matmul_columns: int = 128
+    grouped_columns: int = 64  # of gate and up, which are multiplied together: with 128 registers spill
     matmul_warps: int = 8
     matmul_stages: int = 2
     decode_keys: int = 32  # of the context, at a time
@@ -40,7 +45,14 @@ _TABLE: dict[tuple[int, int], Launch] = {
 }
 # One program does the work of many: the interpreter's time goes by operations. It multiplies float32 only.
 _INTERPRETER = Launch(
-    matvec_rows=64, matvec_columns=256, matmul_tokens=16, decode_keys=16, decode_programs=4, dot=torch.float32
+    matvec_rows=64,
+    matvec_columns=256,
+    fold_columns=128,
+    unfold_columns=128,
+    matmul_tokens=16,
+    decode_keys=16,
+    decode_programs=4,
+    dot=torch.float32,
 )
 
 

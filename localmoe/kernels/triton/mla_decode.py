@@ -85,7 +85,7 @@ def decode_kernel(
 @triton.jit
 def merge_kernel(
     partial, largest, sums, start, out, heads,
-    RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK: tl.constexpr, SPLITS: tl.constexpr, OCTETS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Programs: (row, head). Shares are added in the context's order."""
     token = tl.program_id(0)
@@ -105,7 +105,8 @@ def merge_kernel(
         mixed = mixed * shrink + tl.load(partial + place * RANK + at, mask=inside, other=0.0) * grow
         total = total * shrink + tl.load(sums + place) * grow
         top = higher
-    tl.store(out + row * RANK + at, mixed / total, mask=inside)
+    place = (at % 8) * (RANK // 8) + at // 8 if OCTETS else at
+    tl.store(out + row * RANK + place, mixed / total, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,10 @@ def attend(
     *,
     nope: int,
     scale: float,
+    octets: bool = False,
 ) -> Tensor:
-    """Each row t attends to rows 0 to start + t of the cache: out float32 [T, A, r], the weighted sum of latents.
+    """Each row t attends to rows 0 to start + t of the cache: out float32 [T, A, r], the weighted sum of latents, in
+    octets if asked for.
 
     q_latent float32 [T, A, r], the query folded through k_b; q float32 [T, A, n + p], of which the rotated part is
     used; cache and start as for `store_latents`; `scale` multiplies the scores. Allocates nothing. A float32 cache of a
@@ -164,6 +167,6 @@ def attend(
     )  # fmt: skip
     merge_kernel[(tokens, heads)](
         workspace.partial, workspace.largest, workspace.sums, start, out, heads,
-        RANK=rank, SPLITS=splits, BLOCK_S=launch.decode_keys, BLOCK_R=block_r, num_warps=4,
+        RANK=rank, SPLITS=splits, OCTETS=octets, BLOCK_S=launch.decode_keys, BLOCK_R=block_r, num_warps=4,
     )  # fmt: skip
     return out

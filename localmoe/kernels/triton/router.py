@@ -9,10 +9,10 @@ from torch import Tensor
 
 @triton.jit
 def router_kernel(
-    logits, bias, expert_ids, weights, logits_stride, factor,
+    logits, bias, expert_ids, weights, counts, logits_stride, factor,
     COUNT: tl.constexpr, TOP: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
-    TOP_BLOCK: tl.constexpr,
+    SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr, COUNTED: tl.constexpr,
+    BLOCK: tl.constexpr, TOP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """SCALE: weights are multiplied by `factor`. TOP_GROUPS == GROUPS: no limit to groups."""
     token = tl.program_id(0)
@@ -47,6 +47,8 @@ def router_kernel(
         weight = weight * factor
     tl.store(expert_ids + token * TOP + place_at, found, mask=place_at < TOP)
     tl.store(weights + token * TOP + place_at, weight, mask=place_at < TOP)
+    if COUNTED:
+        tl.atomic_add(counts + found, tl.full((TOP_BLOCK,), 1, tl.int32), mask=place_at < TOP)
 
 
 @triton.jit
@@ -83,17 +85,20 @@ def route(
     sigmoid: bool,
     normalise: bool,
     factor: float,
+    counts: Tensor | None = None,
 ) -> None:
     """float32 logits [T, E] -> expert_ids int32 [T, k] and weights float32 [T, k], as `localmoe.model.moe.Router`.
 
     With a `bias` float32 [E] it is V3's router, without one V2's: normalised weights are not multiplied by `factor`
     then. `top_groups` == `groups` chooses among all experts. One expert a token is never normalised.
+    `counts` int32 [E] goes up by one for each use of an expert.
     """  # fmt: skip
     normalised = normalise and expert_ids.shape[1] > 1
     router_kernel[(logits.shape[0],)](
-        logits, logits if bias is None else bias, expert_ids, weights, logits.stride(0), factor,
+        logits, logits if bias is None else bias, expert_ids, weights, expert_ids if counts is None else counts,
+        logits.stride(0), factor,
         COUNT=logits.shape[1], TOP=expert_ids.shape[1], GROUPS=groups, TOP_GROUPS=top_groups, SIGMOID=sigmoid,
         BIASED=bias is not None, NORMALISE=normalised, SCALE=bias is not None or not normalised,
-        BLOCK=triton.next_power_of_2(logits.shape[1]), TOP_BLOCK=triton.next_power_of_2(expert_ids.shape[1]),
-        num_warps=1,
+        COUNTED=counts is not None, BLOCK=triton.next_power_of_2(logits.shape[1]),
+        TOP_BLOCK=triton.next_power_of_2(expert_ids.shape[1]), num_warps=1,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
@@ -42,22 +42,46 @@ class DeviceMatrix:
     def nbytes(self) -> int:
         return self.values.nbytes + (self.scales.nbytes if self.octets else 0)
 
+    def rows(self, first: int, last: int) -> DeviceMatrix:
+        """Rows [first, last) of the first matrix, as a matrix of their own over the same memory."""
+        scales = self.scales[first:last] if self.octets else self.scales
+        return replace(self, count=1, out_features=last - first, values=self.values[first:last], scales=scales)
+
+    def put(self, place: int, weight: Weight) -> None:
+        """Copy a matrix of the same form and shape to a place of the stack; on the current stream, from pinned memory
+        without waiting. Raises DeviceError for another form or shape."""
+        kind, group, values, scales = _parts(weight)
+        if (kind, group, weight.out_features, weight.in_features) != (
+            self.kind, self.group, self.out_features, self.in_features
+        ):  # fmt: skip
+            raise DeviceError("the CUDA kernels need all matrices of a stack to have one form and shape")
+        rows = slice(place * self.out_features, (place + 1) * self.out_features)
+        self.values[rows].copy_(values, non_blocking=True)
+        if self.octets:
+            self.scales[rows].copy_(scales, non_blocking=True)
+
 
 def upload(weights: Sequence[Weight], device: torch.device) -> DeviceMatrix:
-    """Stack matrices of one shape and form on `device`. FP8 becomes bf16. Raises DeviceError for mixed forms."""
-    parts = [_parts(weight) for weight in weights]
-    kinds = {(kind, group) for kind, group, _, _ in parts}
-    shapes = {(weight.out_features, weight.in_features) for weight in weights}
-    if len(kinds) != 1 or len(shapes) != 1:
-        raise DeviceError("the CUDA kernels need all matrices of a stack to have one form and shape")
-    ((kind, group),) = kinds
-    ((out_features, in_features),) = shapes
-    if kind != _DENSE and in_features % 8:
-        raise DeviceError(f"the CUDA kernels need rows of a multiple of 8 weights, not {in_features}")
-    values = torch.cat([part[2] for part in parts]).to(device)
-    scales = torch.cat([part[3] for part in parts]).to(device)
+    """Stack matrices of one shape and form on `device`. FP8 becomes bf16. Raises DeviceError for mixed forms, and for
+    rows that the kernels cannot read."""
+    stack = empty_stack(weights[0], len(weights), device)
+    for place, weight in enumerate(weights):
+        stack.put(place, weight)
+    return stack
+
+
+def empty_stack(like: Weight, count: int, device: torch.device, *, pinned: bool = False) -> DeviceMatrix:
+    """Room for `count` matrices of the form and shape of `like`, or in pinned CPU memory for copies to such. Raises
+    DeviceError as `upload` does."""
+    kind, group, values, scales = _parts(like)
+    if kind != _DENSE and like.in_features % 8:
+        raise DeviceError(f"the CUDA kernels need rows of a multiple of 8 weights, not {like.in_features}")
+    room = [
+        torch.empty(count * part.shape[0], *part.shape[1:], dtype=part.dtype, device=device, pin_memory=pinned)
+        for part in (values, scales)
+    ]
     table = torch.tensor(nf4.VALUES, dtype=torch.float32, device=device)
-    return DeviceMatrix(kind, group, len(parts), out_features, in_features, values, scales, table)
+    return DeviceMatrix(kind, group, count, like.out_features, like.in_features, room[0], room[1], table)
 
 
 def _parts(weight: Weight) -> tuple[int, int, Tensor, Tensor]:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from localmoe.formats import int4, int8
-from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight
+from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight, dequantize
 from localmoe.kernels import reference
+from localmoe.kernels.triton.absorb import fold_queries, unfold_values
 from localmoe.kernels.triton.experts import ExpertStack, add_experts
+from localmoe.kernels.triton.grouped import grouped_experts, sort_pairs
 from localmoe.kernels.triton.latent import store_latents
 from localmoe.kernels.triton.launch import launch_for
 from localmoe.kernels.triton.matmul import matmul
@@ -122,14 +124,66 @@ def check_experts(form: str, tokens: int, hidden: int, inner: int, top: int, dev
     vectors = (octets(x) if gate.octets else x).to(device)
     stack = ExpertStack(gate, up, down, slots.to(device))
 
-    def run(rows: slice) -> Tensor:
+    def run(rows: slice, *, fresh: bool = False) -> Tensor:
         room = torch.full((len(ids[rows]) * top, inner), float("nan"), device=device)
         chosen, scales, out = ids[rows].to(device), weights[rows].to(device), base[rows].clone().to(device)
-        return add_experts(vectors[rows], stack, chosen, scales, room, out, launch_for(device))
+        return add_experts(vectors[rows], stack, chosen, scales, room, out, launch_for(device), fresh=fresh)
 
     together = run(slice(0, tokens))
     assert_near(together, wanted, 1e-5)
     assert_same_bits(run(slice(tokens - 1, tokens))[0], together[-1])
+    assert_near(run(slice(0, tokens), fresh=True), wanted - base, 1e-5)
+
+
+def check_grouped(form: str, tokens: int, hidden: int, inner: int, top: int, device: torch.device) -> None:
+    """The same sums as one token at a time; of an expert without a slot nothing is written."""
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    experts = [[random_matrix(form, *shape) for shape in shapes] for _ in range(top + 1)]
+    slots = torch.full((top + 3,), -1, dtype=torch.int32)  # number 1 is elsewhere, the last is nobody's
+    slots[torch.arange(top + 3) != 1] = torch.cat((torch.randperm(top + 1), torch.tensor([-1]))).int()
+    gate, up, down = (upload([expert[part] for expert in experts], device) for part in range(3))
+    x, weights = torch.randn(tokens, hidden), torch.rand(tokens, top)
+    ids = torch.stack([torch.randperm(top + 2)[:top] for _ in range(tokens)]).int()
+    launch = launch_for(device)
+    blocks = sort_pairs(ids.to(device), top + 3, launch)
+    out = torch.full((tokens * top, hidden), 7.0, device=device)
+    room = torch.empty(tokens * top, inner, dtype=launch.dot, device=device)
+    stack = ExpertStack(gate, up, down, slots.to(device))
+    grouped_experts(x.to(device), stack, blocks, weights.to(device), room, out, launch)
+    wanted = torch.full((tokens, top, hidden), 7.0)
+    for expert, slot in enumerate(slots.tolist()):
+        rows, places = (ids == expert).nonzero(as_tuple=True)
+        if slot >= 0 and len(rows):
+            wanted[rows, places] = weights[rows, places, None] * reference.expert(x[rows], *experts[slot])
+    assert_near(out, wanted.flatten(0, 1), tensor_core_tolerance(device))
+
+
+def check_fold(form: str, heads: int, nope: int, rank: int, device: torch.device, value: int = 20) -> None:
+    """Through k_b; a row has its bits alone and among others."""
+    rope, kv_b, q = 8, random_matrix(form, heads * (nope + value), rank), torch.randn(3, heads, nope + 8)
+    stored, launch, queries = upload([kv_b], device), launch_for(device), q.to(device)
+
+    def run(rows: slice) -> Tensor:
+        out = torch.empty(len(queries[rows]), heads, rank, device=device)
+        return fold_queries(queries[rows], stored, out, launch, nope=nope, value=value)
+
+    k_b = dequantize(kv_b).view(heads, nope + value, rank)[:, :nope]
+    together = run(slice(0, 3))
+    assert_near(together, torch.einsum("tan,anr->tar", q[..., : q.shape[2] - rope], k_b), 1e-5)
+    assert_same_bits(run(slice(2, 3))[0], together[2])
+
+
+def check_unfold(form: str, heads: int, nope: int, rank: int, device: torch.device, value: int = 20) -> None:
+    """Through v_b, into octets and not."""
+    kv_b, attended = random_matrix(form, heads * (nope + value), rank), torch.randn(3, heads, rank)
+    stored, launch = upload([kv_b], device), launch_for(device)
+    vectors = (octets(attended) if stored.octets else attended).to(device)
+    v_b = dequantize(kv_b).view(heads, nope + value, rank)[:, nope:]
+    wanted = torch.einsum("tar,avr->tav", attended, v_b).flatten(1)
+    for ordered in (False, True):
+        out = torch.empty(3, heads * value, device=device)
+        unfold_values(vectors, stored, out, launch, nope=nope, value=value, octets=ordered)
+        assert_near(out, octets(wanted) if ordered else wanted, 1e-5)
 
 
 def check_norm(width: int, device: torch.device) -> None:
@@ -159,12 +213,14 @@ def check_router(changes: dict[str, Any], device: torch.device, tokens: int = 5)
     wanted_ids, wanted_weights = router.choose(logits)
     ids = torch.empty(tokens, config.num_experts_per_tok, dtype=torch.int32, device=device)
     weights = torch.empty(ids.shape, device=device)
+    counts = torch.full((config.n_routed_experts,), 5, dtype=torch.int32, device=device)
     route(
         logits.to(device), None if bias is None else bias.to(device), ids, weights, groups=config.n_group,
         top_groups=config.n_group if config.topk_method == "greedy" else config.topk_group,
-        sigmoid=config.scoring_func == "sigmoid", normalise=config.norm_topk_prob, factor=2.5,
+        sigmoid=config.scoring_func == "sigmoid", normalise=config.norm_topk_prob, factor=2.5, counts=counts,
     )  # fmt: skip
     assert torch.equal(ids.cpu().long(), wanted_ids), "other experts"
+    assert torch.equal(counts.cpu() - 5, wanted_ids.flatten().bincount(minlength=config.n_routed_experts)), "counts"
     # a GPU's exp is an approximation
     torch.testing.assert_close(weights.cpu(), wanted_weights, rtol=1e-4 if ids.is_cuda else 1e-5, atol=1e-7)
 
@@ -256,6 +312,9 @@ def small_cases() -> dict[str, dict[str, Case]]:
         | {f"{f} 33x48x64": partial(check_matmul, f, 33, 48, 64) for f in FORMS},
         "experts": {f"{f} 2 rows": partial(check_experts, f, 2, 64, 192, 2) for f in FORMS}
         | {"int4 1 and 8 rows": partial(check_experts, "int4", 8, 64, 64, 2)},
+        "grouped": {f"{f} 21 rows": partial(check_grouped, f, 21, 64, 192, 2) for f in FORMS},
+        "fold": {f"{f} {r}": partial(check_fold, f, 3, 12, r) for f in ("bf16", "int8") for r in (64, 160)},
+        "unfold": {f"{f} {r}": partial(check_unfold, f, 2, 12, r) for f in ("bf16", "int8") for r in (64, 160)},
         "norm": {f"width {w}": partial(check_norm, w) for w in (64, 200)},
         "router": {name: partial(check_router, changes, tokens=3) for name, changes in _ROUTERS.items()},
         "latents": {name: partial(check_latents, name, 5, 12, 24, 8) for name in CACHES},
@@ -278,6 +337,9 @@ def real_cases() -> dict[str, dict[str, Case]]:
         | {f"{f} 2048x7168, 1 and 8 rows": partial(check_matvec_bits, f, 2048, 7168) for f in FORMS},
         "matmul": {f"{f} {t}x1408x2048": partial(check_matmul, f, t, 1408, 2048) for f in FORMS for t in (64, 515)},
         "experts": {f"{f} V2-Lite, 8 rows": partial(check_experts, f, 8, 2048, 1408, 6) for f in FORMS},
+        "grouped": {f"{f} V2-Lite, 700 rows": partial(check_grouped, f, 700, 2048, 1408, 6) for f in FORMS},
+        "fold": {f"{f} V3": partial(check_fold, f, 128, 128, 512, value=128) for f in ("bf16", "int8")},
+        "unfold": {f"{f} V3": partial(check_unfold, f, 128, 128, 512, value=128) for f in ("bf16", "int8")},
         "norm": {f"width {w}": partial(check_norm, w) for w in (2048, 7168)},
         "router": {"V3": partial(check_router, _V3_ROUTER | _V3_SHAPE, tokens=64)},
         "latents": {f"{c} V3": partial(check_latents, c, 128, 128, 512, 64) for c in CACHES},

@@ -22,12 +22,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from localmoe.kernels.triton import experts, latent, launch, matmul, matvec, mla_decode, norm, router
+from localmoe.kernels.triton import absorb, experts, grouped, latent, launch, matmul, matvec, mla_decode, norm, router
 
 WEIGHTS = {0: ("*bf16", "*fp32"), 1: ("*i32", "*bf16"), 2: ("*i64", "*bf16"), 3: ("*i32", "*fp32")}  # by kind
 FORMS = ("bf16", "int4", "int8", "nf4")  # as the kernels number them
 CAPABILITIES = (80, 86, 89, 90, 120)
-POINTERS = {"expert_ids": "*i32", "slots": "*i32", "start": "*i32", "cache_bytes": "*u8"}
+POINTERS = {
+    "order": "*i32", "block_expert": "*i32", "block_start": "*i32", "block_count": "*i32", "expert_ids": "*i32",
+    "slots": "*i32", "start": "*i32", "cache_bytes": "*u8", "counts": "*i32",
+}  # fmt: skip
 INTEGERS = {"length", "height", "width", "tokens", "heads", "top"}
 
 
@@ -67,10 +70,14 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
     }  # fmt: skip
     route = {
         "COUNT": 256, "TOP": 8, "GROUPS": 8, "TOP_GROUPS": 4, "SIGMOID": True, "BIASED": True, "NORMALISE": True,
-        "SCALE": True, "BLOCK": 256, "TOP_BLOCK": 8,
+        "SCALE": True, "COUNTED": True, "BLOCK": 256, "TOP_BLOCK": 8,
     }  # fmt: skip
     store = {"RANK": 512, "NOPE": 128, "ROPE": 64, "BLOCK_R": 512, "BLOCK_P": 32}
-    merge = {"RANK": 512, "SPLITS": 128, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 512}
+    merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 512}
+    pair = tile | {"BLOCK_K": knobs.grouped_columns}
+    head = {"NOPE": 128, "VALUE": 128}
+    folded = head | {"ROPE": 64, "BLOCK_N": knobs.fold_rows, "BLOCK_K": knobs.fold_columns}
+    unfolded = head | {"OCTETS": True, "BLOCK_N": knobs.matvec_rows, "BLOCK_K": knobs.unfold_columns}
     mv, mm = (knobs.matvec_warps, 3), (knobs.matmul_warps, knobs.matmul_stages)
     attention = (knobs.decode_warps, knobs.decode_stages)
     forms = [(name, kind, {"KIND": kind, "GROUP": 64 if kind == 3 else 32}) for kind, name in enumerate(FORMS)]
@@ -82,7 +89,22 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
             (f"gate and up {name}", experts.gate_up_kernel, form | {"OCTETS": k > 0} | vector, k, *mv)
             for name, k, form in forms
         ),
-        *((f"down {name}", experts.down_kernel, form | vector, k, *mv) for name, k, form in forms),
+        *((f"down {name}", experts.down_kernel, form | {"FRESH": False} | vector, k, *mv) for name, k, form in forms),
+        *(
+            (f"grouped gate and up {name}", grouped.grouped_gate_up_kernel, form | pair, k, *mm)
+            for name, k, form in forms
+        ),
+        *((f"grouped down {name}", grouped.grouped_down_kernel, form | tile, k, *mm) for name, k, form in forms),
+        *(
+            (f"fold {name}", absorb.fold_kernel, form | folded, k, knobs.fold_warps, 3)
+            for name, k, form in forms
+            if name in ("bf16", "int8")
+        ),
+        *(
+            (f"unfold {name}", absorb.unfold_kernel, form | unfolded, k, *mv)
+            for name, k, form in forms
+            if name in ("bf16", "int8")
+        ),
         ("norm", norm.norm_kernel, {"ADD": True, "OCTETS": True, "BLOCK": 2048}, 0, 4, 3),
         ("router", router.router_kernel, route, 0, 1, 3),
         *((f"latents {name}", latent.latent_kernel, store | cache, 0, 4, 3) for name, cache in caches),

@@ -1,0 +1,44 @@
+"""CUDA graphs of the passes of a few rows: launched as one, without Python or a driver call a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class Replay:
+    """Runs a pass as it is the first time, which compiles its kernels, captures it the second, and from then on replays
+    it. A body must do the same to the same memory each time, and allocate nothing that outlives it. Where it cannot be
+    captured, or the device is no CUDA device, it is always run as it is."""
+
+    def __init__(self, device: torch.device, *, captures: bool = True) -> None:
+        self._device = device
+        self._captures = captures and device.type == "cuda"
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+
+    def __call__(self, rows: int, body: Callable[[], None]) -> None:
+        """A pass of so many rows, on the current stream."""
+        if not self._captures:
+            body()
+            return
+        graph = self._graphs.get(rows)
+        if graph is None and rows in self._graphs:
+            graph = self._captured(body)
+            self._graphs[rows] = graph
+        if graph is not None:
+            graph.replay()
+            return
+        body()
+        self._graphs[rows] = None
+
+    def forget(self) -> None:
+        """Capture again what is run next: something that the graphs know by its address has moved."""
+        self._graphs = dict.fromkeys(self._graphs)
+
+    def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream(self._device).synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            body()
+        return graph

@@ -1,0 +1,195 @@
+"""Routed experts of the card's layers: some in slots there, the others computed on the CPU where they are mapped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.experts import ExpertProducts, ExpertWeights
+from localmoe.kernels.handoff import Handoff
+from localmoe.kernels.triton.experts import ExpertStack, add_experts
+from localmoe.kernels.triton.grouped import Blocks, grouped_experts, sort_pairs
+from localmoe.kernels.triton.launch import Launch, launch_for
+from localmoe.kernels.triton.weights import empty_stack
+from localmoe.model.card.rows import RowBuffers
+from localmoe.model.config import ModelConfig
+from localmoe.model.layers import WeightSource, expert_weights
+from localmoe.offload.plan import STAGING
+from localmoe.offload.refresh import Refresh
+from localmoe.offload.slots import SlotTable
+from localmoe.offload.streaming import Streamer, used_experts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How long passes get the experts that have no slot: carried to the card from `stream_from` tokens on."""
+
+    streamer: Streamer
+    stream_from: float
+
+
+class LayerExperts:
+    """One layer's. `on_card` are the experts that get a slot each, in the order of the slots."""
+
+    def __init__(
+        self,
+        look_up: Callable[[int], ExpertWeights],
+        uses: Tensor,
+        on_card: Sequence[int],
+        kernels: Kernels,
+        handoff: Handoff,
+        prompts: Prompts,
+    ) -> None:
+        device, count = handoff.device, len(uses)
+        self._look_up = look_up
+        self._prompts = prompts
+        self._launch = launch_for(device)
+        self._handoff = handoff
+        self.uses = uses
+        self.table = SlotTable(count, on_card)
+        self._stack: ExpertStack | None = None
+        if on_card:
+            gate, up, down = (empty_stack(weight, len(on_card), device) for weight in look_up(on_card[0]))
+            self._stack = ExpertStack(gate, up, down, self.table.of_expert.to(device))
+            for slot, expert in enumerate(on_card):
+                _put(self._stack, slot, look_up(expert))
+        self._cpu: ExpertProducts | None = None
+        if len(on_card) < count:
+            self._cpu = kernels.experts(count, look_up)
+        self.captures = self._cpu is None or handoff.captures(self._cpu)
+
+    def publish(self) -> None:
+        """See `localmoe.offload.refresh.Slots`."""
+        assert self._stack is not None
+        self._stack.slots.copy_(self.table.of_expert)
+
+    def load(self, slot: int, expert: int) -> None:
+        """See `localmoe.offload.refresh.Slots`."""
+        assert self._stack is not None
+        self._prompts.streamer.send(self._look_up(expert), partial(_put, self._stack, slot))
+
+    def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """Start the CPU's experts; see `localmoe.model.card.mlp.RoutedExperts`."""
+        if self._cpu is not None:
+            self._handoff.submit(self._cpu, self.table.of_expert, hidden, expert_ids, weights)
+
+    def add_own(self, rows: RowBuffers, count: int, launch: Launch) -> None:
+        """Add the card's experts."""
+        stack = self._stack
+        if stack is None:
+            return
+        ids = rows.expert_ids[:count]
+        inner = rows.inner_rows(count * ids.shape[1], stack.gate.out_features)
+        x = rows.normed.of(stack.gate)[:count]
+        add_experts(x, stack, ids, rows.expert_weights[:count], inner, rows.delta[:count], launch)
+
+    def collect(self, delta: Tensor) -> None:
+        """Add what the CPU computed."""
+        if self._cpu is not None:
+            self._handoff.collect(delta)
+
+    def many(self, x: Tensor, expert_ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        """All experts of a long pass: the card's by groups of tokens, the others carried there too if the pass is long
+        enough, or else by the CPU's own kernels for many rows, meanwhile."""
+        tokens, k = expert_ids.shape
+        if self._cpu is not None:
+            known_ids = expert_ids.cpu().long()  # waits for the card
+            known = x.cpu(), weights.cpu()
+        blocks = sort_pairs(expert_ids, len(self.uses), self._launch)
+        products = torch.zeros(tokens * k, x.shape[1], device=x.device)
+        if self._stack is not None:
+            self._grouped(self._stack, x, blocks, weights, products)
+        if self._cpu is not None:
+            away = self.table.of_expert < 0
+            if tokens >= self._prompts.stream_from:
+                experts = used_experts(known_ids, away)
+                for stack in self._prompts.streamer.groups(self._look_up, experts, len(self.uses)):
+                    self._grouped(stack, x, blocks, weights, products)
+            else:
+                ids = torch.where(away[known_ids], known_ids, -1)
+                out += self._cpu(known[0], ids, known[1]).to(x.device)
+        out += products.view(tokens, k, -1).sum(1)
+
+    def _grouped(self, stack: ExpertStack, x: Tensor, blocks: Blocks, weights: Tensor, products: Tensor) -> None:
+        inner = torch.empty(len(products), stack.gate.out_features, dtype=self._launch.dot, device=x.device)
+        grouped_experts(x, stack, blocks, weights, inner, products, self._launch)
+
+
+def _put(stack: ExpertStack, slot: int, weights: ExpertWeights) -> None:
+    for matrices, weight in zip((stack.gate, stack.up, stack.down), weights, strict=True):
+        matrices.put(slot, weight)
+
+
+class CardExperts:
+    """All layers' experts; `layer` hands out one layer's. `on_card` names each layer's experts that get a slot;
+    `stream_from` is the fewest tokens of a pass for which the others are carried to the card, None for never."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        config: ModelConfig,
+        kernels: Kernels,
+        on_card: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        stream_from: int | None = None,
+    ) -> None:
+        self._prompts = Prompts(Streamer(device, STAGING // 2), math.inf if stream_from is None else stream_from)
+        self._source = source
+        self._config = config
+        self._kernels = kernels
+        self._on_card = on_card
+        self._handoff = Handoff(config.hidden_size, config.num_experts_per_tok, kernels, device)
+        shape = (config.num_hidden_layers, config.n_routed_experts)
+        self._uses = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._layers: dict[int, LayerExperts] = {}
+        self._refresh: Refresh | None = None
+
+    def layer(self, index: int) -> LayerExperts:
+        """The routed experts of layer `index`, which must be an MoE layer; asked for once."""
+        module = f"model.layers.{index}.mlp.experts"
+        made = LayerExperts(
+            lambda expert: expert_weights(self._source, f"{module}.{expert}"),
+            self._uses[index],
+            self._on_card[index],
+            self._kernels,
+            self._handoff,
+            self._prompts,
+        )
+        self._layers[index] = made
+        return made
+
+    def keep_fresh(self, executor: Executor | None = None) -> None:
+        """From now on, let experts change places as they are used, `between_passes`."""
+        swappable = {index: layer for index, layer in self._layers.items() if layer.table.held}
+        self._refresh = Refresh(swappable, self._uses, executor)
+
+    def between_passes(self) -> None:
+        """To be called when no pass runs."""
+        if self._refresh is not None:
+            self._refresh.between_passes()
+
+    def uses(self) -> Tensor:
+        """int64 [L, E] in CPU memory: how often each expert fired. Layers that are not on the card are not counted."""
+        return self._uses.cpu().long()
+
+    def hit_rates(self) -> dict[int, float]:
+        """Layer by layer, the share of the uses so far of experts that are on the card now; NaN before the first."""
+        uses = self.uses().double()
+        return {
+            index: float(uses[index][layer.table.of_expert >= 0].sum() / uses[index].sum())
+            for index, layer in self._layers.items()
+        }
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        if self._refresh is not None:
+            self._refresh.close()
+            self._refresh = None

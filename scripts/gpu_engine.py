@@ -1,0 +1,155 @@
+"""The engine as a whole on a card: sections `check-engine` and `engine` of `scripts/gpu_check`.
+
+The check runs the demo, which is in the checkout, against the reference on the CPU. The timings run
+`localmoe.benchmark` on a random checkpoint of V2-Lite's shape, made on the spot, with as much memory as --vram gives.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+KLD = 1e-3
+_GIB = 1 << 30
+
+
+def build_extension(folder: Path) -> Path:
+    """The CPU kernels for this Python, built in `folder`. Raises CalledProcessError."""
+    nanobind = subprocess.run(
+        [sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", f"-Dnanobind_DIR={nanobind}",
+        f"-DPython_EXECUTABLE={sys.executable}", *(["-G", "Ninja"] if shutil.which("ninja") else []),
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    (built,) = folder.glob("_cpu*.so")
+    return built
+
+
+def ensure_extension() -> None:
+    """Builds it beside the package's modules (git ignores it there) where there is none."""
+    if importlib.util.find_spec("localmoe.kernels._cpu") is not None:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        built = build_extension(Path(scratch))
+        shutil.copy2(built, ROOT / "localmoe/kernels" / built.name)
+    importlib.invalidate_caches()
+
+
+@contextmanager
+def opened(model: str, device: torch.device, vram: int | None, context: int) -> Iterator[Any]:
+    """The model on the card; without one, on the interpreter as if the CPU's memory were a card's."""
+    import localmoe.load as loading
+    from localmoe.offload.device import CardMemory, choose_card
+
+    def choose(wanted: str, given: int | None) -> Any:
+        return choose_card(wanted, given) if device.type == "cuda" else CardMemory(device, vram or 4 * _GIB)
+
+    given = vram if device.type == "cuda" else None
+    with mock.patch.object(loading, "choose_card", choose):
+        engine = loading.load(model, device="auto" if given is None else "cuda", vram=given, ctx=context)
+    with engine:
+        yield engine
+
+
+def check_engine(bench: Any) -> Iterator[dict[str, Any]]:
+    """The demo with all, some and none of its experts on the card, against the reference: KLD, top-1, greedy tokens."""
+    ensure_extension()
+    from localmoe.load import load
+    from localmoe.model.sizes import card_workspace
+    from localmoe.offload.plan import CUDA_CONTEXT, STAGING
+
+    count, start, answer = (160, 16, 24) if bench.on_gpu else (6, 2, 1)
+    text = "Once upon a time there was a little dragon who lived by the sea. " * 12
+    with load("demo:source", device="cpu", kernels="reference", ctx=256) as reference:
+        ids = reference.prompt_ids(text)[:count]
+        wanted = reference.logits(ids).log_softmax(-1)
+        greedy = [step.token_id for step in reference.generate(ids[:start], max_tokens=answer)]
+        config = reference.config
+    least = CUDA_CONTEXT + STAGING + card_workspace(config, 512)
+    for what, room in (("all", 64 << 20), ("some", 14 << 20), ("none", 7 << 20)):
+        with opened("demo:source", bench.device, least + room, 256) as engine:
+            held = sum(share.nbytes for share in engine.placement.shares if share.part == "routed experts")
+            here = sum(s.nbytes for s in engine.placement.shares if s.part == "routed experts" and s.tier == "gpu")
+            ours = engine.logits(ids).log_softmax(-1)
+            own = [step.token_id for step in engine.generate(ids[:start], max_tokens=answer)]
+            again = [step.token_id for step in engine.generate(ids[:start], max_tokens=answer)]
+        kld = float((wanted.exp() * (wanted - ours)).sum(-1).mean())
+        agree = float((wanted.argmax(-1) == ours.argmax(-1)).float().mean())
+        row = {"case": what, "experts_on_card": here / held, "kld": kld, "top1": agree, "greedy_same": own == greedy}
+        if kld > KLD or agree < 0.99 or own != again:
+            row["error"] = "another model" if own == again else "the same prompt gives another answer"
+        yield row
+
+
+def engine(bench: Any) -> Iterator[dict[str, Any]]:
+    """Prefill and decode of V2-Lite's shape, `balanced`: everything on the card, no expert there, and 6 GiB."""
+    ensure_extension()
+    from localmoe.formats.checkpoint import Checkpoint
+    from localmoe.model.config import ModelConfig
+    from localmoe.offload.device import subject_of
+    from localmoe.offload.plan import gpu_workspace
+
+    scratch = "/dev/shm" if bench.on_gpu and shutil.disk_usage("/dev/shm").free > 20 * _GIB else None
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        directory = Path(folder) / "model"
+        make = [sys.executable, str(ROOT / "scripts/make_random_checkpoint"), str(directory), "--recipe", "balanced"]
+        subprocess.run([*make, "--like", "deepseek-v2-lite" if bench.on_gpu else "tiny"], check=True)
+        with Checkpoint.open(directory) as checkpoint:
+            config = ModelConfig.from_dict(checkpoint.config)
+            subject = subject_of(config, checkpoint, 2 * config.latent_width, None)
+        prompt, context, answer = (4096, 4352, 64) if bench.on_gpu else (10, 16, 2)
+        always = subject.sizes.always + context * subject.cache_per_token
+        none = gpu_workspace(config, 3 * _GIB) + always + subject.sizes.expert // 2
+        settings = [("everything", None), ("no expert", none), ("6 GiB", 6 * _GIB)]
+        for what, vram in settings if bench.on_gpu else settings[1:2]:
+            for tokens in (512, prompt) if bench.on_gpu else (prompt,):
+                yield {"what": what} | _timed(bench, directory, vram, context, tokens, answer)
+
+
+def _timed(bench: Any, directory: Path, vram: int | None, context: int, prompt: int, answer: int) -> dict[str, Any]:
+    from localmoe.benchmark import measure
+    from localmoe.offload.plan import CUDA_CONTEXT
+
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    holder = opened(str(directory), bench.device, vram, context)
+    placement: list[Any] = []
+
+    def open_engine() -> Any:
+        placement.append((made := holder.__enter__()).placement)
+        return made
+
+    try:
+        found = measure(open_engine, prompt_tokens=prompt, completion_tokens=answer, repeats=3 if bench.on_gpu else 1)
+    finally:
+        holder.__exit__(None, None, None)
+    shares = placement[0].shares
+    experts = {share.tier: share.nbytes for share in shares if share.part == "routed experts"}
+    row = {
+        "prompt": prompt,
+        "prefill_tps": found.prefill_tokens_per_second,
+        "decode_tps": found.decode_tokens_per_second,
+        "open_s": found.open_seconds,
+        "first_token_s": found.first_token_seconds,
+        "experts_on_card": experts.get("gpu", 0) / max(sum(experts.values()), 1),
+    }
+    if bench.on_gpu:
+        row["peak_gib"] = (torch.cuda.max_memory_reserved() + CUDA_CONTEXT) / _GIB
+        if vram is not None and row["peak_gib"] * _GIB > vram:
+            row["error"] = f"more than --vram {vram / _GIB:.2f} GiB"
+    return row

@@ -1,0 +1,272 @@
+"""The model on a card against the model on the CPU's reference: on Triton's interpreter where there is no GPU.
+
+The interpreter multiplies float32, so a difference is another order of summation: 1e-4 of the largest logit after two
+layers. On a GPU prompts are multiplied in bfloat16, and 5 % are allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmoe.errors import ContextOverflowError, DeviceError, InputError, UsageError
+from localmoe.formats import int4, int8
+from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
+from localmoe.kernels.dispatch import Kernels
+from localmoe.model.card.model import CardLayout, CardModel
+from localmoe.model.config import ModelConfig
+from localmoe.model.deepseek import Model
+from localmoe.model.kv_cache import LatentCache
+from localmoe.model.shapes import layer_modules, layer_tensors
+from localmoe.offload.card import CardExperts
+from localmoe.offload.experts import ExpertStore
+from localmoe.offload.refresh import EVERY, Refresh
+
+BASE: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+}
+V2 = {
+    "model_type": "deepseek_v2",
+    "q_lora_rank": None,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "rope_scaling": {
+        "type": "yarn", "factor": 4, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 0.707, "mscale_all_dim": 0.707,
+    },
+}  # fmt: skip
+
+
+class RandomSource:
+    """Weights of a config: experts in int4, the others in int8, what recipes leave alone in bf16."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        torch.manual_seed(5)
+        self._weights: dict[str, Weight] = {}
+        self._tensors: dict[str, Tensor] = {}
+        for index, is_moe in enumerate(config.moe_layers):
+            for module, (rows, columns) in layer_modules(config, index, is_moe):
+                plain = module.endswith("kv_b_proj") and index == 0  # int8 in the other layers, as `compact` has it
+                self._weights[module] = _matrix(rows, columns, ".experts." in module, plain)
+            for name, shape in layer_tensors(config, index, is_moe):
+                value = torch.randn(shape) * 0.2 + (1.0 if "norm" in name else 0.0)
+                self._tensors[name] = value if "bias" in name else value.bfloat16()
+                if name.endswith(".mlp.gate.weight"):
+                    self._weights[name.removesuffix(".weight")] = DenseWeight(value.bfloat16())
+        shape = (config.vocab_size, config.hidden_size)
+        table = torch.randn(shape).bfloat16()
+        self._tensors["model.embed_tokens.weight"] = table
+        self._weights["model.embed_tokens"] = DenseWeight(table / 8)
+        self._tensors["model.norm.weight"] = torch.ones(config.hidden_size)
+        self._weights["lm_head"] = DenseWeight((torch.randn(shape) / 8).bfloat16())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def weight(self, module: str) -> Weight:
+        return self._weights[module]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors or name.removesuffix(".weight") in self._weights
+
+
+def _matrix(rows: int, columns: int, four_bits: bool, plain: bool) -> Weight:
+    if plain:
+        return DenseWeight((torch.randn(rows, columns) / columns**0.5).bfloat16())
+    scale = ((torch.rand(rows, columns // 32) + 0.5) / columns**0.5).bfloat16()
+    if four_bits:
+        return Int4Weight(int4.pack(torch.randint(-8, 8, (rows, columns)).to(torch.int8)), scale / 4, 32)
+    return Int8Weight(int8.pack(torch.randint(-128, 128, (rows, columns)).to(torch.int8)), scale / 64, 32)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def models(
+    device: torch.device,
+    *,
+    changes: dict[str, Any] | None = None,
+    layers: int = 2,
+    head: bool = True,
+    on_card: Sequence[int] = range(8),
+    kernels: str = "reference",
+    cache: str = "float32",
+    stream_from: int | None = None,
+) -> tuple[CardModel, Model]:
+    config = ModelConfig.from_dict({**BASE, **(changes or {})})
+    source = RandomSource(config)
+    chosen, reference = Kernels.choose(kernels, 1, cache), Kernels.choose("reference", cache_dtype=cache)
+    placed = CardExperts(source, config, chosen, [on_card] * 2, device, stream_from=stream_from)
+    layout = CardLayout(device, layers, head, 48)
+    ours = CardModel(config, source, chosen, layout, placed.layer, ExpertStore(source, config, chosen).layer)
+    return ours, Model(config, source, reference, ExpertStore(source, config, reference).layer)
+
+
+def assert_alike(ours: CardModel, wanted: Model, passes: Sequence[int], tolerance: float = 1e-4) -> None:
+    if ours.device.type == "cuda":
+        tolerance = max(tolerance, 5e-2)
+    ids = torch.randint(0, 96, (sum(passes),), generator=torch.Generator().manual_seed(1))
+    caches = ours.new_cache(48), LatentCache(wanted.config, 48, ours._kernels.cache_dtype)
+    for part in ids.split(list(passes)):
+        logits, expected = ours.forward(part, caches[0]), wanted.forward(part, caches[1])
+        assert logits.device.type == "cpu"
+        error = float((logits - expected).abs().max() / expected.abs().max())
+        assert error <= tolerance, f"{len(part)} rows after {caches[0].length - len(part)}: off by {error:.2g}"
+    assert caches[0].length == caches[1].length == sum(passes)
+
+
+FEW_AND_MANY = (9, 1, 2, 9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        V2,
+        {"attention_bias": True},
+        {"n_shared_experts": 0},
+        {"tie_word_embeddings": True, "num_experts_per_tok": 1, "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+    ],
+    ids=["v3", "v2", "biases", "no shared expert", "tied, one expert"],
+)
+def test_all_on_the_card(changes: dict[str, Any], device: torch.device) -> None:
+    assert_alike(*models(device, changes=changes), FEW_AND_MANY)
+
+
+@pytest.mark.parametrize("on_card", [(), (0, 3, 5)], ids=["none", "some"])
+@pytest.mark.parametrize("kernels", ["reference", "portable"])
+def test_experts_on_both_sides(on_card: Sequence[int], kernels: str, device: torch.device) -> None:
+    # the native kernels round activations to int8
+    tolerance = 1e-4 if kernels == "reference" else 3e-2
+    assert_alike(*models(device, on_card=on_card, kernels=kernels), FEW_AND_MANY, tolerance)
+
+
+@pytest.mark.parametrize("on_card", [(), (0, 3, 5)], ids=["none", "some"])
+def test_experts_carried_to_the_card_for_a_prompt(on_card: Sequence[int], device: torch.device) -> None:
+    assert_alike(*models(device, on_card=on_card, stream_from=9), (9, 9))
+
+
+def test_experts_that_change_places_change_nothing_else(device: torch.device) -> None:
+    class AtOnce(Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(fn(*args, **kwargs))
+            return future
+
+    ours, wanted = models(device, on_card=(0, 1))
+    placed = ours._layers[1]._mlp._experts  # type: ignore[union-attr]
+    refresh = Refresh({1: placed}, placed.uses[None].expand(2, -1), AtOnce())
+    before = placed.table.held
+    placed.uses[:] = torch.tensor([0, 0, 0, 0, 0, 90, 80, 0])
+    for _ in range(2 * EVERY + 1):
+        refresh.between_passes()
+        placed.uses[5:7] += 1
+    assert before == [0, 1]
+    assert sorted(placed.table.held) == [5, 6]
+    assert_alike(ours, wanted, (9, 2))
+
+
+@pytest.mark.parametrize(("layers", "head"), [(1, True), (1, False), (2, False)])
+def test_layers_on_the_cpu(layers: int, head: bool, device: torch.device) -> None:
+    assert_alike(*models(device, layers=layers, head=head), FEW_AND_MANY)
+
+
+@pytest.mark.parametrize(("cache", "tolerance"), [("bf16", 2e-2), ("int8", 5e-2)])
+def test_rounded_caches(cache: str, tolerance: float, device: torch.device) -> None:
+    # no router, which a rounding could make choose otherwise
+    assert_alike(*models(device, changes={"first_k_dense_replace": 2}, cache=cache), FEW_AND_MANY, tolerance)
+
+
+def test_rows_have_their_bits_alone_and_together(device: torch.device) -> None:
+    ours, _ = models(device, on_card=(0, 3, 5), kernels="portable")
+    ids = torch.arange(3, 8)
+
+    def logits(passes: Sequence[int]) -> Tensor:
+        cache = ours.new_cache(48)
+        return torch.cat([ours.forward(part, cache) for part in ids.split(list(passes))])
+
+    one_by_one = logits([1] * 5)
+    assert torch.equal(logits([1, 4]), one_by_one)
+
+
+def test_tokens_taken_back_and_a_cache_that_lost_its_memory(device: torch.device) -> None:
+    ours, _ = models(device)
+    first = ours.new_cache(48)
+    ids = torch.arange(3)
+    wanted = ours.forward(ids, first)[-1]
+    first.truncate(1)
+    assert torch.equal(ours.forward(ids[1:], first)[-1], wanted)
+    states = ours.states(ids[:1], first)
+    assert states.shape == (1, 64)
+    first.truncate(3)
+    assert torch.equal(ours.logits(states), ours.forward(ids[:1], first))
+    second = ours.new_cache(10)
+    with pytest.raises(UsageError, match="another generation"):
+        ours.forward(ids, first)
+    with pytest.raises(ContextOverflowError):
+        ours.forward(torch.arange(11), second)
+    with pytest.raises(InputError, match="vocabulary of 96"):
+        ours.forward(torch.tensor([96]), second)
+    assert second.length == 0
+    assert second.nbytes == 2 * 48 * 40 * 4
+
+
+def test_a_pass_that_finds_no_memory_is_done_in_halves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, wanted = models(device, changes={"first_k_dense_replace": 2})
+    layer, asked = ours._layers[0], []
+    many = layer.many
+
+    def short(x: Tensor, *rest: Any) -> Tensor:
+        asked.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError
+        return many(x, *rest)
+
+    monkeypatch.setattr(layer, "many", short)
+    monkeypatch.setattr("localmoe.model.card.model._LEAST_PASS", 4)
+    most = 6
+    assert_alike(ours, wanted, (11,))
+    assert asked == [11, 5, 6]
+    assert ours.prefill_chunk == 5
+    most = 1
+    cache = ours.new_cache(48)
+    with pytest.raises(DeviceError, match="does not hold 9 tokens of a prompt"):
+        ours.forward(torch.arange(9), cache)
+    assert cache.length == 0

@@ -1,0 +1,128 @@
+"""Experts that change places: the table's states, what is worth a swap, and a model that goes on meanwhile."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import torch
+
+from localmoe.offload.refresh import EVERY, Refresh
+from localmoe.offload.slots import SlotTable, best_swaps
+
+
+class Later(Executor):
+    """Runs what it was given when it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future[Any], Any]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.waiting.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def run(self) -> None:
+        for future, call in self.waiting:
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+        self.waiting.clear()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.waiting.clear()
+
+
+class Layer:
+    """Slots on a device that is not there: what it holds and what the card was told."""
+
+    def __init__(self, experts: int, held: list[int]) -> None:
+        self.table = SlotTable(experts, held)
+        self.memory: list[int] = list(held)
+        self.card = self.table.of_expert.clone()
+        self.broken = False
+
+    def publish(self) -> None:
+        self.card = self.table.of_expert.clone()
+
+    def load(self, slot: int, expert: int) -> None:
+        assert slot not in self.card.tolist(), "a slot that the card still reads is overwritten"
+        if self.broken:
+            raise OSError("the disk is gone")
+        self.memory[slot] = expert
+
+    def check(self) -> None:
+        """Who has a slot has its own weights there, and both sides know the same."""
+        assert torch.equal(self.card, self.table.of_expert)
+        for expert, slot in enumerate(self.card.tolist()):
+            assert slot < 0 or self.memory[slot] == expert
+
+
+def test_a_slot_is_emptied_filled_and_known_by_its_generation() -> None:
+    table = SlotTable(5, [3, 1])
+    assert table.of_expert.tolist() == [-1, 1, -1, 0, -1]
+    first = table.empty(0)
+    assert table.of_expert.tolist() == [-1, 1, -1, -1, -1]
+    assert table.held == [1]
+    second = table.empty(0)
+    assert not table.fill(0, first, 4)  # arrives late
+    assert table.fill(0, second, 2)
+    assert not table.fill(0, second, 4)  # arrives twice
+    assert (table.slot_of(2), table.slot_of(1), table.slot_of(3)) == (0, 1, None)
+    third = table.empty(1)
+    assert not table.fill(1, third, 2)  # has a slot already
+    assert table.held == [2]
+
+
+def test_the_swaps_that_gain_most() -> None:
+    tables = {0: SlotTable(4, [0, 1]), 1: SlotTable(4, [2]), 2: SlotTable(4, [0, 1, 2, 3]), 3: SlotTable(4, [])}
+    uses = torch.tensor([[9, 2, 30, 3], [50, 60, 1, 0], [0, 0, 0, 9], [9, 9, 9, 9]])
+    found = best_swaps(uses, tables, 5)
+    assert [(swap.layer, swap.leaves, swap.comes, swap.gain) for swap in found] == [(1, 2, 1, 59.0), (0, 1, 2, 28.0)]
+    assert len(best_swaps(uses, tables, 1)) == 1
+    assert best_swaps(torch.tensor([[10, 11, 14, 14]]), {0: SlotTable(4, [0, 1])}, 5) == []  # too little
+
+
+def passes(refresh: Refresh, count: int) -> None:
+    for _ in range(count):
+        refresh.between_passes()
+
+
+def test_the_hot_ones_come_in_and_what_runs_never_reads_half() -> None:
+    layers = {0: Layer(6, [0, 1]), 2: Layer(6, [4])}
+    counts, later = torch.zeros(3, 6, dtype=torch.int32), Later()
+    refresh = Refresh(layers, counts, later)
+    counts[0] += torch.tensor([0, 9, 90, 3, 0, 0], dtype=torch.int32)
+    counts[2] += torch.tensor([80, 0, 0, 0, 7, 0], dtype=torch.int32)
+    passes(refresh, EVERY - 1)
+    assert not later.waiting
+    passes(refresh, 1)
+    assert [layer.card.tolist() for layer in layers.values()] == [[-1, 1, -1, -1, -1, -1], [-1] * 6]
+    passes(refresh, EVERY)  # still on its way: nothing else begins
+    assert len(later.waiting) == 2
+    later.run()
+    passes(refresh, 1)
+    assert [layer.card.tolist() for layer in layers.values()] == [[-1, 1, 0, -1, -1, -1], [0, -1, -1, -1, -1, -1]]
+    for layer in layers.values():
+        layer.check()
+    counts[0] += torch.tensor([0, 0, 0, 500, 0, 0], dtype=torch.int32)
+    passes(refresh, EVERY)
+    later.run()
+    passes(refresh, 1)
+    layers[0].check()
+    assert layers[0].table.slot_of(3) is not None
+    assert layers[0].table.slot_of(2) == 0  # hotter than the one that left
+    refresh.close()
+
+
+def test_a_load_that_fails_leaves_its_experts_to_the_cpu() -> None:
+    layer, counts, later = Layer(4, [0]), torch.zeros(1, 4, dtype=torch.int32), Later()
+    refresh = Refresh({0: layer}, counts, later)
+    layer.broken = True
+    counts[0, 2] = 50
+    passes(refresh, EVERY)
+    later.run()
+    passes(refresh, 1)
+    assert layer.card.tolist() == [-1] * 4
+    layer.check()
