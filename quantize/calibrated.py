@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from localmoe.errors import CheckpointError
 from localmoe.formats.checkpoint import ReadingCheckpoint
 from localmoe.formats.weights import dequantize
@@ -50,13 +52,21 @@ def calibrate(decided: Plan, conversion: Conversion, hasher: SourceHasher, direc
     for name in sorted(wanted):
         hasher.start(jobs[name].source.file)
 
+    checkpoint = conversion.reader.checkpoint
+    source = ReadingCheckpoint(checkpoint.directory, checkpoint.config, checkpoint.tensors)
+    written = ReadingCheckpoint(writer.directory, decided.config, writer.tensors())
+    done = {name for name, job in jobs.items() if job.scheme is not None and name in writer.records}
+
     def consume(module: str, statistics: Statistics) -> dict[str, Any]:
-        return _quantize(jobs[module], statistics, conversion, run.method)
+        record = _quantize(jobs[module], statistics, conversion, run.method)
+        done.add(module)  # from here on the model runs with what is stored
+        return record
+
+    def replaced(module: str) -> Tensor | None:
+        return dequantize(written.weight(module)) if module in done else None
 
     with one_thread_each(), ThreadPoolExecutor(workers()) as pool:
-        checkpoint = conversion.reader.checkpoint
-        source = ReadingCheckpoint(checkpoint.directory, checkpoint.config, checkpoint.tensors)
-        model = LayerByLayer(source, windows, pool, wanted)
+        model = LayerByLayer(source, windows, pool, wanted, replaced)
         try:
             for module, record in calibrate_layers(model, consume):
                 assert isinstance(record, dict)

@@ -47,12 +47,16 @@ class Statistics:
     hessian: Tensor
 
 
+Replaced = Callable[[str], Tensor | None]
+"""A module's weight as it is after quantizing, float32 [out, in], or None where the source's is to be used."""
+
 Consume = Callable[[str, Statistics], object]
 """Told, in any thread, a module's name (without `.weight`) and its inputs' statistics; what it returns is passed on."""
 
 
 class LayerByLayer:
     """One pass over `windows`, each a sequence of its own. `wanted` are the modules whose statistics are asked for.
+    What `replaced` has another weight for is run with that, so that what comes after sees the error it will see.
 
     `advance` runs the next layer; after the last, `logits` gives the predictions. The checkpoint's tensors should be
     read and not mapped (`ReadingCheckpoint`): each is used once.
@@ -64,10 +68,11 @@ class LayerByLayer:
         windows: Sequence[Sequence[int]],
         pool: ThreadPoolExecutor,
         wanted: Iterable[str] = (),
+        replaced: Replaced = lambda module: None,
     ) -> None:
         self.config = ModelConfig.from_dict(checkpoint.config)
         self.wanted = frozenset(wanted)
-        self._source = _Source(checkpoint)
+        self._source = _Source(checkpoint, replaced)
         self._pool = pool
         self._rope = Rope(self.config)
         self._ids = torch.tensor([token for window in windows for token in window])  # [N]
@@ -120,8 +125,10 @@ class LayerByLayer:
         """Advance `x` [N, H] by one layer, in place."""
         module = f"model.layers.{layer}"
         eps = self.config.rms_norm_eps
-        for name, found in self._attend(layer, x).items():
-            yield name, consume(name, found)
+        if any(name.startswith(f"{module}.self_attn.") for name in self.wanted):
+            for name, found in self._attend(layer, x.clone(), self.wanted).items():
+                yield name, consume(name, found)
+        self._attend(layer, x, frozenset())
         y = RMSNorm(self._source, f"{module}.post_attention_layernorm", eps)(x)  # [N, H]
         if is_moe:
             yield from self._experts(f"{module}.mlp", x, y, consume)
@@ -130,9 +137,9 @@ class LayerByLayer:
             x += result
             yield from made
 
-    def _attend(self, layer: int, x: Tensor) -> dict[str, Statistics]:
-        """Add attention's output to `x`, window by window; statistics of its wanted modules."""
-        kernels = _Recording(self.wanted)
+    def _attend(self, layer: int, x: Tensor, wanted: frozenset[str]) -> dict[str, Statistics]:
+        """Add attention's output to `x`, window by window; statistics of its `wanted` modules."""
+        kernels = _Recording(wanted)
         attention = Attention(self.config, self._source, layer, kernels)
         norm = RMSNorm(self._source, f"model.layers.{layer}.input_layernorm", self.config.rms_norm_eps)
         for length in {span.stop - span.start for span in self._spans}:
@@ -178,26 +185,22 @@ class LayerByLayer:
             yield from made
 
     def _mlp(self, module: str, y: Tensor, consume: Consume) -> tuple[Tensor, list[tuple[str, object]]]:
-        """SwiGLU of `y` [n, H]; gate and up share one Hessian."""
+        """SwiGLU of `y` [n, H]; gate and up share one Hessian, and down's is that of what comes out of them."""
         names = [f"{module}.{name}" for name in _MLP]
         if not len(y) and self.wanted.isdisjoint(names):
             return torch.empty_like(y), []  # an expert that no token reached is not even read
-        gate, up, down = (self._source.weight(name).tensor for name in names)
-        outer = torch.zeros(gate.shape[1], gate.shape[1]) if self.wanted.intersection(names[:2]) else None
-        inner = torch.zeros(down.shape[1], down.shape[1]) if names[2] in self.wanted else None
-        result = torch.empty_like(y)
-        for start in range(0, len(y), _ROWS):
-            rows = y[start : start + _ROWS]
-            between = F.silu(rows @ gate.T) * (rows @ up.T)  # [n, I]
-            result[start : start + _ROWS] = between @ down.T
-            for moment, inputs in ((outer, rows), (inner, between)):
-                if moment is not None:
-                    moment.addmm_(inputs.T, inputs)
+        blocks = y.split(_ROWS)
         made = []
-        for name, moment in zip(names, (outer, outer, inner), strict=True):
-            if name in self.wanted and moment is not None:
-                made.append((name, consume(name, Statistics(len(y), moment))))
-        return result, made
+        outer = [name for name in names[:2] if name in self.wanted]
+        if outer:
+            statistics = Statistics(len(y), _moment(blocks))
+            made += [(name, consume(name, statistics)) for name in outer]
+        gate, up = (self._source.weight(name).tensor for name in names[:2])
+        if names[2] in self.wanted:
+            moment = _moment(_between(rows, gate, up) for rows in blocks)
+            made.append((names[2], consume(names[2], Statistics(len(y), moment))))
+        down = self._source.weight(names[2]).tensor
+        return torch.cat([_between(rows, gate, up) @ down.T for rows in blocks]), made
 
     def _in_order(self, work: Callable[[_Item], _T], items: Sequence[_Item], ahead: int | None = None) -> Iterator[_T]:
         """Results of `work` in the items' order, a few items ahead of the reader."""
@@ -209,6 +212,20 @@ class LayerByLayer:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _between(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """[n, I]: what goes into the down projection."""
+    return F.silu(rows @ gate.T) * (rows @ up.T)
+
+
+def _moment(blocks: Iterable[Tensor]) -> Tensor:
+    """x^T x of all rows of `blocks`, float32."""
+    moment: Tensor | None = None
+    for rows in blocks:
+        moment = rows.T @ rows if moment is None else moment.addmm_(rows.T, rows)
+    assert moment is not None  # `split` gives one block at least
+    return moment
 
 
 def layer_of(module: str) -> int:
@@ -223,10 +240,11 @@ class _Named(DenseWeight):
 
 
 class _Source:
-    """A checkpoint whose matrices are float32 and know their names."""
+    """A checkpoint whose matrices are float32 and know their names; `replaced` ones are the others."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, replaced: Replaced) -> None:
         self._checkpoint = checkpoint
+        self._replaced = replaced
         self.tensor = checkpoint.tensor
         self.rows = checkpoint.rows
         self.stored = checkpoint.weight
@@ -235,7 +253,8 @@ class _Source:
         return name in self._checkpoint
 
     def weight(self, module: str) -> _Named:
-        return _Named(dequantize(self._checkpoint.weight(module)), module)
+        other = self._replaced(module)
+        return _Named(dequantize(self._checkpoint.weight(module)) if other is None else other, module)
 
 
 class _Recording(Kernels):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.gptq import gptq
+from quantize.gptq import gptq, refit
 from quantize.layerwise import Statistics
 from quantize.quantizers import group_scales, ordered_sum, pack_integers
 
@@ -59,7 +59,8 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
             scale = group_scales(weight, scheme, "mse", importance)[0]
             found["weighted"] = form.quantize(weight, scale, scheme.group_size), scale
     if method != "rtn" and enough:
-        found["gptq"] = gptq(weight, hessian, scheme)
+        q, scale = gptq(weight, hessian, scheme)
+        found["gptq"] = q, refit(weight, q, scale, hessian, scheme)
     differences = {
         name: weight - form.dequantize(form.pack(q), scale, scheme.group_size) for name, (q, scale) in found.items()
     }
