@@ -189,7 +189,7 @@ class LayerByLayer:
         names = [f"{module}.{name}" for name in _MLP]
         if not len(y) and self.wanted.isdisjoint(names):
             return torch.empty_like(y), []  # an expert that no token reached is not even read
-        blocks = y.split(_ROWS)
+        blocks = torch.split(y, _ROWS)
         made = []
         outer = [name for name in names[:2] if name in self.wanted]
         if outer:
