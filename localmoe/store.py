@@ -30,6 +30,7 @@ from localmoe.hub.names import (
 from localmoe.hub.verify import MANIFEST, demo_directory
 
 __all__ = [
+    "ARTIFACTS",
     "RECIPES",
     "Artifact",
     "ModelRef",
@@ -45,7 +46,9 @@ __all__ = [
 ]
 
 RECIPES: tuple[str, ...] = ("balanced", "experts-only", "compact", "nf4")
-ENDINGS = (*RECIPES, "source")
+ARTIFACTS = (*RECIPES, "converted")
+"""What an artifact can be: of a recipe, or what others packed in our layout."""
+ENDINGS = (*ARTIFACTS, "source")
 # The hub's cache holds other programs' models too; `list` shows those we can run.
 _OUR_MODEL_TYPES = frozenset({"deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"})
 
@@ -88,7 +91,7 @@ def home() -> Path:
 
 def artifact_dir(name: str, recipe: str) -> Path:
     """Where the artifact of `name` made by `recipe` lies, whether or not it exists. Raises UsageError."""
-    if recipe not in RECIPES:
+    if recipe not in ARTIFACTS:
         near = difflib.get_close_matches(recipe.lower(), RECIPES, 1)
         hint = f"did you mean {near[0]}?" if near else f"the recipes are {', '.join(RECIPES)}"
         raise UsageError(f"unknown recipe {printable(recipe)!r}: {hint}")
@@ -181,7 +184,7 @@ def _by_preference(name: str) -> list[str]:
         manifest = artifact_dir(name, recipe) / MANIFEST
         return manifest.stat().st_mtime if manifest.is_file() else 0.0
 
-    return sorted(RECIPES, key=lambda recipe: (recipe != "balanced", -made(recipe)))
+    return sorted(ARTIFACTS, key=lambda recipe: (recipe != "balanced", -made(recipe)))
 
 
 def _what_to_type(ref: ModelRef, source: Path | None) -> str:
@@ -212,7 +215,7 @@ def list_artifacts() -> list[Artifact]:
     for directory in _subdirectories(models):
         name = directory.name.replace("--", "/")
         if is_plain_name(name) or is_repo_id(name):
-            found += [_artifact(name, path) for path in _subdirectories(directory) if path.name in RECIPES]
+            found += [_artifact(name, path) for path in _subdirectories(directory) if path.name in ARTIFACTS]
     return found
 
 
@@ -287,7 +290,7 @@ def remove(ref: ModelRef, all: bool = False) -> list[Path]:
         hint = f"`hf cache rm model/{repo}` deletes it" if repo else "it is a part of localmoe"
         raise UsageError(f"rm deletes what localmoe quantized; the source of {ref.name} is not that: {hint}")
     directory = _name_dir(ref.name)
-    recipes = [recipe for recipe in RECIPES if os.path.lexists(directory / recipe)]
+    recipes = [recipe for recipe in ARTIFACTS if os.path.lexists(directory / recipe)]
     if all:
         if ref.ending is not None:
             raise UsageError(f"rm --all takes a name without an ending: {ref.name}")

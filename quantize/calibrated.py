@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from localmoe.errors import CheckpointError
+from localmoe.formats.checkpoint import ReadingCheckpoint
 from localmoe.formats.weights import dequantize
-from quantize.calibration import Calibration, Statistics, windows_of
+from quantize.calibration import Statistics, calibrate_layers, windows_of
 from quantize.hashing import SourceHasher
+from quantize.layerwise import LayerByLayer
 from quantize.methods import Method, choose
 from quantize.plan import Job, Plan
 from quantize.stream import Conversion, one_thread_each, workers
@@ -47,13 +52,23 @@ def calibrate(decided: Plan, conversion: Conversion, hasher: SourceHasher, direc
     for name in sorted(wanted):
         hasher.start(jobs[name].source.file)
 
+    checkpoint = conversion.reader.checkpoint
+    source = ReadingCheckpoint(checkpoint.directory, checkpoint.config, checkpoint.tensors)
+    written = ReadingCheckpoint(writer.directory, decided.config, writer.tensors())
+    done = {name for name, job in jobs.items() if job.scheme is not None and name in writer.records}
+
     def consume(module: str, statistics: Statistics) -> dict[str, Any]:
-        return _quantize(jobs[module], statistics, conversion, run.method)
+        record = _quantize(jobs[module], statistics, conversion, run.method)
+        done.add(module)  # from here on the model runs with what is stored
+        return record
+
+    def replaced(module: str) -> Tensor | None:
+        return dequantize(written.weight(module)) if module in done else None
 
     with one_thread_each(), ThreadPoolExecutor(workers()) as pool:
-        calibration = Calibration(conversion.reader.checkpoint, windows, wanted, pool)
+        model = LayerByLayer(source, windows, pool, wanted, replaced)
         try:
-            for module, record in calibration.run(consume):
+            for module, record in calibrate_layers(model, consume):
                 assert isinstance(record, dict)
                 writer.finish(module, record)
                 meter.add(jobs[module].source.nbytes, module)
@@ -72,12 +87,15 @@ def _quantize(job: Job, statistics: Statistics, conversion: Conversion, method: 
     if not statistics.hessian.isfinite().all():
         raise CheckpointError(f"{where} gets inputs that are NaN or infinite; pull the model again")
     chosen = choose(weight, job.scheme, statistics, method)
+    if not (math.isfinite(chosen.squared_error) and math.isfinite(chosen.squared_norm)):
+        raise CheckpointError(f"{where} has values too large for weights; pull the model again")
     for suffix, data in chosen.parts.items():
         conversion.writer.write(f"{module}.{suffix}", data)
     conversion.write_shape(job)
     return {
         "squared_error": chosen.squared_error,
         "squared_norm": chosen.squared_norm,
+        "zero_groups": chosen.zero_groups,
         "method": chosen.method,
         "tokens": chosen.tokens,
         "output_error": chosen.output_error,

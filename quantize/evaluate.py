@@ -4,27 +4,33 @@
 
 taken at every predicted token, as llama.cpp's `perplexity --kl-divergence` does. The text is cut into windows that
 each start from BOS with an empty cache. Logits stay in float32 and logarithms are taken in float64:
-differences of 1e-5 are what there is to see.
+differences of 1e-5 are what there is to see. T = tokens of a window, V = vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from localmoe.errors import InputError, UsageError
+from localmoe.formats.checkpoint import Checkpoint
+from localmoe.model.config import ModelConfig
+from quantize.layerwise import LayerByLayer
+from quantize.positions import Positions, TokenText
+from quantize.stream import workers
 
 DEFAULT_WINDOW = 512
 _ROWS = 64  # positions whose float64 log-probabilities are held at a time
 
 
-class _Tokenizer(Protocol):
+class EvaluatedTokenizer(TokenText, Protocol):
+    """The part of a tokenizer that is used here."""
+
     @property
     def bos_id(self) -> int | None: ...
 
@@ -35,7 +41,7 @@ class EvaluatedEngine(Protocol):
     """The part of `localmoe.Engine` that is used here."""
 
     @property
-    def tokenizer(self) -> _Tokenizer: ...
+    def tokenizer(self) -> EvaluatedTokenizer: ...
 
     @property
     def max_context(self) -> int: ...
@@ -43,6 +49,38 @@ class EvaluatedEngine(Protocol):
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """float32 [T, V]."""
         ...
+
+
+OnLayer = Callable[[int, int], None]
+"""Told how many layers are done, of how many."""
+
+
+@dataclass(frozen=True)
+class LayerwiseModel:
+    """A checkpoint that is run layer by layer over all windows at once, in float32: it need not fit into memory.
+
+    The caller keeps torch at one thread (`stream.one_thread_each`): the work is shared out in whole items.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: EvaluatedTokenizer
+    progress: OnLayer = field(default=lambda done, total: None)
+
+    @property
+    def max_context(self) -> int:
+        """No cache limits it, only what the model was made for."""
+        return ModelConfig.from_dict(self.checkpoint.config).max_position_embeddings
+
+    def predictions(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """float32 logits [T, V] of each window."""
+        with ThreadPoolExecutor(workers()) as pool:
+            model = LayerByLayer(self.checkpoint, windows, pool)
+            layers = model.config.num_hidden_layers
+            for layer in range(layers):
+                for _ in model.advance(layer, lambda module, statistics: None):
+                    raise AssertionError("no statistics were asked for")
+                self.progress(layer + 1, layers)
+            yield from model.logits()
 
 
 @dataclass(frozen=True)
@@ -53,48 +91,24 @@ class EvaluationProgress:
     total_tokens: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """`tokens` were predicted. Divergences are in nats; without a reference they and what compares are None."""
-
-    tokens: int
-    perplexity: float
-    reference_perplexity: float | None = None
-    kld_mean: float | None = None
-    kld_median: float | None = None
-    kld_p99: float | None = None
-    kld_max: float | None = None
-    same_top1: float | None = None
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """One number a predicted token: negative log-likelihoods, divergence, whether the likeliest tokens agree."""
-
-    nll: Tensor
-    reference_nll: Tensor
-    kld: Tensor
-    same: Tensor
-
-
 def evaluate(
-    engine: EvaluatedEngine,
+    model: EvaluatedEngine | LayerwiseModel,
     text: str,
     *,
-    reference: EvaluatedEngine | None = None,
+    reference: EvaluatedEngine | LayerwiseModel | None = None,
     window: int = DEFAULT_WINDOW,
     progress: Callable[[EvaluationProgress], None] | None = None,
-) -> Evaluation:
-    """Predict `text` with `engine`, and with `reference` where there is one; `window` is in tokens, BOS included.
+) -> Positions:
+    """Predict `text` with `model`, and with `reference` where there is one; `window` is in tokens, BOS included.
 
     A context shorter than `window` makes the windows shorter. Raises InputError for a text with nothing to
     predict, UsageError for a window too short and for a reference with other tokens.
     """
     if window < 2:
         raise UsageError(f"a window of {window} tokens predicts nothing: it must be 2 or more")
-    ids = engine.tokenizer.encode(text, add_bos=False)
-    bos = engine.tokenizer.bos_id
-    window = min(window, engine.max_context)
+    ids = model.tokenizer.encode(text, add_bos=False)
+    bos = model.tokenizer.bos_id
+    window = min(window, model.max_context)
     if reference is not None:
         window = min(window, reference.max_context)
         if reference.tokenizer.encode(text, add_bos=False) != ids or reference.tokenizer.bos_id != bos:
@@ -103,14 +117,16 @@ def evaluate(
     total = sum(len(tokens) - 1 for tokens in windows)
     if total == 0:
         raise InputError("the text is too short: there is no token to predict")
-    done: list[_Positions] = []
+    found = _predictions(model, windows)
+    truth = _predictions(reference, windows) if reference is not None else None
+    done: list[Positions] = []
     count = 0
     for tokens in windows:
-        done.append(_compare(engine, reference, tokens))
+        done.append(_compare(next(found), next(truth) if truth is not None else None, tokens))
         count += len(tokens) - 1
         if progress is not None:
             progress(EvaluationProgress(count, total))
-    return _summary(done, with_reference=reference is not None)
+    return Positions.joined(done)
 
 
 def _windows(ids: Sequence[int], bos: int | None, window: int) -> Iterator[list[int]]:
@@ -123,59 +139,37 @@ def _windows(ids: Sequence[int], bos: int | None, window: int) -> Iterator[list[
             yield tokens
 
 
-def _compare(engine: EvaluatedEngine, reference: EvaluatedEngine | None, tokens: list[int]) -> _Positions:
-    """All positions of one window, a few rows of float64 [rows, V] at a time."""
-    logits = engine.logits(tokens)[:-1]  # [T - 1, V]
-    truth = logits if reference is None else reference.logits(tokens)[:-1]
-    if truth.shape != logits.shape:
-        raise UsageError(f"the reference has a vocabulary of {truth.shape[1]:,}, the model one of {logits.shape[1]:,}")
-    targets = torch.tensor(tokens[1:]).unsqueeze(1)  # [T - 1, 1]
+def _predictions(model: EvaluatedEngine | LayerwiseModel, windows: list[list[int]]) -> Iterator[Tensor]:
+    return model.predictions(windows) if isinstance(model, LayerwiseModel) else map(model.logits, windows)
+
+
+def _compare(logits: Tensor, truth: Tensor | None, tokens: list[int]) -> Positions:
+    """All predicted positions of one window, a few rows of float64 [rows, V] at a time."""
+    logits = logits[:-1]  # [T - 1, V]
+    if truth is not None:
+        truth = truth[:-1]
+        if truth.shape != logits.shape:
+            raise UsageError(
+                f"the reference has a vocabulary of {truth.shape[1]:,}, the model one of {logits.shape[1]:,}"
+            )
+    targets = torch.tensor(tokens[1:])  # [T - 1]
     parts = []
     for start in range(0, len(targets), _ROWS):
         rows = slice(start, start + _ROWS)
+        wanted = targets[rows].unsqueeze(1)
         log_q = torch.log_softmax(logits[rows].double(), dim=-1)
-        log_p = log_q if reference is None else torch.log_softmax(truth[rows].double(), dim=-1)
+        log_p = log_q if truth is None else torch.log_softmax(truth[rows].double(), dim=-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min_(0.0)  # rounding may go below
         parts.append(
-            _Positions(
-                nll=-log_q.gather(1, targets[rows])[:, 0],
-                reference_nll=-log_p.gather(1, targets[rows])[:, 0],
+            Positions(
+                with_reference=truth is not None,
+                targets=targets[rows],
+                places=torch.arange(start + 1, start + 1 + len(wanted)),
+                nll=-log_q.gather(1, wanted)[:, 0],
+                reference_nll=-log_p.gather(1, wanted)[:, 0],
                 kld=divergence,
                 same=log_q.argmax(dim=-1) == log_p.argmax(dim=-1),
+                certainty=log_p.amax(dim=-1).exp(),
             )
         )
-    return _joined(parts)
-
-
-def _joined(parts: Sequence[_Positions]) -> _Positions:
-    return _Positions(
-        nll=torch.cat([part.nll for part in parts]),
-        reference_nll=torch.cat([part.reference_nll for part in parts]),
-        kld=torch.cat([part.kld for part in parts]),
-        same=torch.cat([part.same for part in parts]),
-    )
-
-
-def _summary(parts: Sequence[_Positions], *, with_reference: bool) -> Evaluation:
-    every = _joined(parts)
-    tokens = len(every.nll)
-    perplexity = _perplexity(every.nll)
-    if not with_reference:
-        return Evaluation(tokens, perplexity)
-    kld = every.kld.numpy()
-    return Evaluation(
-        tokens=tokens,
-        perplexity=perplexity,
-        reference_perplexity=_perplexity(every.reference_nll),
-        kld_mean=math.fsum(kld.tolist()) / tokens,
-        kld_median=float(np.median(kld)),
-        kld_p99=float(np.quantile(kld, 0.99)),
-        kld_max=float(kld.max()),
-        same_top1=int(every.same.sum()) / tokens,
-    )
-
-
-def _perplexity(nll: Tensor) -> float:
-    """exp of the mean negative log-likelihood."""
-    mean = math.fsum(nll.tolist()) / len(nll)
-    return math.exp(mean) if mean < 700 else math.inf
+    return Positions.joined(parts)

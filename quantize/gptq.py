@@ -58,6 +58,32 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = DAMPI
     return q, scale
 
 
+def refit(weight: Tensor, q: Tensor, scale: Tensor, hessian: Tensor, scheme: Scheme) -> Tensor:
+    """bf16 scales [O, I/g] for integers `q` [O, I] that are given: one sweep of coordinate descent over the groups.
+
+    A group's scale s is moved by d = <q, H r> / <q, H q>, the least-squares step for what is left, r = w - q s, of
+    ||X r||^2; after rounding to bf16 it is kept where the error falls. GPTQ has chosen each scale before it knew what
+    the columns to come would make up for.
+    """
+    size = scheme.group_size
+    steps = q.float()  # [O, I]
+    fitted = scale.clone()
+    left = weight - steps * scale.float().repeat_interleave(size, dim=1)  # [O, I]
+    for group in range(scale.shape[1]):
+        columns = slice(group * size, (group + 1) * size)
+        part = steps[:, columns]  # [O, g]
+        slope = (part * (left @ hessian[:, columns])).sum(dim=1)  # [O]
+        bend = (part * (part @ hessian[columns, columns])).sum(dim=1)
+        before = fitted[:, group].float()
+        after = (before + torch.where(bend > 0, slope / bend, 0.0)).bfloat16()
+        move = after.float() - before
+        better = move * (move * bend - 2 * slope) < 0  # false for NaN
+        move = torch.where(better, move, 0.0)
+        fitted[:, group] = (before + move).bfloat16()
+        left[:, columns] -= part * move.unsqueeze(1)
+    return fitted
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with U^T U = (H + damping * mean(diag H))^-1, float32 [I, I]; computed in float64."""
     damped = hessian.double()

@@ -23,13 +23,14 @@ class _StoppedError(Exception):
 class SourceHasher:
     """Hashes each file once, in one background thread; `known` are hashes from before a kill, by file name.
 
-    A known hash counts while the file's size and modification time are the recorded ones.
+    A known hash counts while the file's size and modification time are the recorded ones. `seen` is what `look_at`
+    found of the files when their headers were read: a file that has become another by the end is an error.
     """
 
-    def __init__(self, known: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, known: Mapping[str, Mapping[str, Any]], seen: Mapping[Path, tuple[int, int]]) -> None:
         self._known = known
         self._jobs: dict[Path, Future[FileRecord]] = {}
-        self._stats: dict[Path, tuple[int, int]] = {}
+        self._stats = dict(seen)
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=1)
 
@@ -44,9 +45,8 @@ class SourceHasher:
 
     def start(self, path: Path) -> None:
         """Begin to hash `path`, unless it has been begun or is known."""
-        if path in self._stats:
+        if path in self._jobs:
             return
-        self._stats[path] = _stat(path)
         size, mtime_ns = self._stats[path]
         known = self._known.get(path.name, {})
         digest = known.get("sha256")
@@ -66,7 +66,7 @@ class SourceHasher:
         }
 
     def results(self) -> dict[str, FileRecord]:
-        """Wait for all files. Raises CheckpointError when one was changed since it was begun."""
+        """Wait for all files. Raises CheckpointError when one was changed since it was first looked at."""
         records = {path.name: job.result() for path, job in self._jobs.items()}
         for path, before in self._stats.items():
             if _stat(path) != before:
@@ -92,6 +92,11 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda done_bytes: N
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
     return FileRecord(digest.hexdigest(), size)
+
+
+def look_at(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """(size, modification time in ns) of files. Raises CheckpointError."""
+    return {path: _stat(path) for path in paths}
 
 
 def stamp(paths: Iterable[Path]) -> list[tuple[str, int, int]]:

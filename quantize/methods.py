@@ -11,8 +11,8 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.calibration import Statistics
-from quantize.gptq import gptq
+from quantize.gptq import gptq, refit
+from quantize.layerwise import Statistics
 from quantize.quantizers import group_scales, ordered_sum, pack_integers
 
 Method = Literal["rtn", "gptq", "auto"]
@@ -32,6 +32,7 @@ class Chosen:
     squared_error: float
     squared_norm: float
     output_error: float
+    zero_groups: int
 
 
 def reaches(tokens: int, width: int) -> bool:
@@ -58,7 +59,8 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
             scale = group_scales(weight, scheme, "mse", importance)[0]
             found["weighted"] = form.quantize(weight, scale, scheme.group_size), scale
     if method != "rtn" and enough:
-        found["gptq"] = gptq(weight, hessian, scheme)
+        q, scale = gptq(weight, hessian, scheme)
+        found["gptq"] = q, refit(weight, q, scale, hessian, scheme)
     differences = {
         name: weight - form.dequantize(form.pack(q), scale, scheme.group_size) for name, (q, scale) in found.items()
     }
@@ -71,6 +73,7 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
         tokens=statistics.tokens,
         squared_error=ordered_sum(differences[best].square()),
         squared_norm=ordered_sum(weight.square()),
+        zero_groups=int((found[best][1] == 0).sum()),
         output_error=float(f"{math.sqrt(max(errors[best], 0.0) / norm):.6g}") if norm > 0 else 0.0,
     )
 

@@ -12,17 +12,19 @@ from typing import Any, Literal
 import torch
 
 from localmoe.errors import CheckpointError, UnsupportedModelError
+from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import TensorInfo
-from localmoe.formats.scheme import QuantizationConfig, Scheme
+from localmoe.formats.scheme import QuantizationConfig, Scheme, SchemeGroup
 from localmoe.formats.shards import Unit
+from quantize.foreign import ForeignCheckpoint, common_scheme
 from quantize.recipes import Recipe, part_of
 from quantize.sources import FLOATS, FP8, SCALE, SourceReader
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
 """The architectures whose module names the recipes know (localmoe.model reads the same ones)."""
 
-Action = Literal["quantize", "widen", "copy"]
-"""`widen`: FP8 that stays unquantized becomes bf16."""
+Action = Literal["quantize", "widen", "copy", "convert"]
+"""`widen`: FP8 that stays unquantized becomes bf16; `convert`: what others packed is stored in our layout."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class Job:
     source: TensorInfo
     unit: Unit
     scheme: Scheme | None = None
+    shape: tuple[int, int] | None = None
+    """[out, in] of a packed source, whose tensor has another."""
 
     @property
     def parameters(self) -> int:
-        return prod(self.source.shape)
+        return prod(self.shape or self.source.shape)
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,7 @@ def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
     tensor that cannot be what its name says.
     """
     checkpoint = reader.checkpoint
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UnsupportedModelError(
-            f"{checkpoint.directory / 'config.json'}: model_type {str(model_type)[:40]!r} is not supported; "
-            f"localmoe quantizes {', '.join(MODEL_TYPES)}"
-        )
+    _check_model_type(checkpoint)
     dropped = _equal_copies(reader)
     jobs, kept_back = [], []
     for info in sorted(checkpoint.tensors.values(), key=lambda info: _natural(info.name)):
@@ -89,6 +88,42 @@ def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
     notes += _undivided(kept_back, recipe, group_size)
     fp8 = any(info.dtype == FP8 for info in checkpoint.tensors.values())
     return Plan(tuple(jobs), _output_config(checkpoint.config, config, fp8), tuple(sorted(notes)))
+
+
+def plan_conversion(checkpoint: ForeignCheckpoint) -> Plan:
+    """Decide for every tensor of a checkpoint that others packed: packed matrices are converted, the rest is copied.
+
+    Raises UnsupportedModelError, CheckpointError.
+    """
+    _check_model_type(checkpoint)
+    scheme = common_scheme(checkpoint)
+    packed = set(checkpoint.packed_modules())
+    companions = {name for module in packed for name in checkpoint.companions(module)}
+    jobs = [
+        Job("convert", checkpoint.main(module), Unit(module, scheme.tensors(module, *shape)), scheme, shape)
+        for module in packed
+        for shape in [checkpoint.shape(module)]
+    ]
+    kept = [info for info in checkpoint.tensors.values() if info.name not in companions]
+    jobs += [Job("copy", info, Unit(info.name, {info.name: (info.dtype, info.shape)})) for info in kept]
+    jobs.sort(key=lambda job: _natural(job.unit.name))
+    plain = [module for info in kept if (module := _module(info))]
+    config = QuantizationConfig((SchemeGroup(scheme, ("Linear",)),), _ignore_patterns(plain, sorted(packed)))
+    for job in jobs:
+        module = job.unit.name if job.scheme else _module(job.source)
+        if module is not None and config.scheme_for(module) != job.scheme:
+            raise CheckpointError(f"{job.source.file.name}: {job.source.name} is a name that localmoe has no rule for")
+    notes = (f"converted from {checkpoint.form}; nothing was quantized again",)
+    return Plan(tuple(jobs), _output_config(checkpoint.config, config, fp8=False), notes)
+
+
+def _check_model_type(checkpoint: Checkpoint) -> None:
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory / 'config.json'}: model_type {str(model_type)[:40]!r} is not supported; "
+            f"localmoe quantizes {', '.join(MODEL_TYPES)}"
+        )
 
 
 def _job(info: TensorInfo, recipe: Recipe, group_size: int, *, tied: bool) -> Job:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["quantize", "hash"]
+Stage = Literal["quantize", "measure", "hash"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Bytes done of the total, and the tensor or file at hand. `quantize` counts bytes of the source; `hash` those
-    of the files whose SHA-256 is taken, at the end."""
+    """Bytes done of the total, and the tensor or file at hand. `quantize` counts bytes of the source; `measure` those
+    of both models, which are run on the held-out text; `hash` those of the files whose SHA-256 is taken, at the end."""
 
     stage: Stage
     done_bytes: int

@@ -51,11 +51,13 @@ _INT8 = _IntegerGrid(int8.LOWEST, int8.HIGHEST, 127.0, (127.5, 128.0, 129.0, 130
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of a matrix as they are stored, by tensor suffix, and sum((w - w')^2) and sum(w^2) over them."""
+    """Rows of a matrix as they are stored, by tensor suffix, sum((w - w')^2) and sum(w^2) over them, and how many of
+    their groups have nothing but zeros."""
 
     parts: dict[str, Tensor]
     squared_error: float
     squared_norm: float
+    zero_groups: int
 
 
 def quantize_rows(rows: Tensor, scheme: Scheme, grid: Grid) -> Quantized:
@@ -65,11 +67,12 @@ def quantize_rows(rows: Tensor, scheme: Scheme, grid: Grid) -> Quantized:
         difference = rows - nf4.dequantize(codes, absmax)
         errors, norms = _row_sums(difference), _row_sums(rows)
         parts = {"weight_nf4": codes, "weight_absmax": absmax}
-        return Quantized(parts, ordered_sum(errors), ordered_sum(norms))
+        return Quantized(parts, ordered_sum(errors), ordered_sum(norms), int((absmax == 0).sum()))
     scale, errors, norms = group_scales(rows, scheme, grid)
     form = int4 if scheme.kind == "int4" else int8
     q = form.quantize(rows, scale, scheme.group_size)  # [R, in]
-    return Quantized(pack_integers(q, scale, scheme), ordered_sum(errors), ordered_sum(norms))
+    zeros = int((scale == 0).sum())
+    return Quantized(pack_integers(q, scale, scheme), ordered_sum(errors), ordered_sum(norms), zeros)
 
 
 def group_scales(

@@ -22,6 +22,7 @@ from localmoe.errors import CheckpointError, StorageError, UsageError
 from localmoe.formats import fp8
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import TensorInfo
+from quantize.foreign import open_packed
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
@@ -40,12 +41,21 @@ class Slab:
 
 
 def open_source(directory: Path) -> Checkpoint:
-    """Open an unquantized checkpoint; FP8 is one. Checks that FP8 matrices and scales come in pairs.
+    """Open an unquantized checkpoint, or a `ForeignCheckpoint` that others packed. Checks that FP8 matrices and scales
+    come in pairs.
 
-    Raises UsageError for a checkpoint that is quantized already, CheckpointError and UnsupportedModelError as
+    Raises UsageError for a checkpoint that is in our own layout already, CheckpointError and UnsupportedModelError as
     `Checkpoint.open` does.
     """
-    checkpoint = Checkpoint.open(directory)
+    foreign = open_packed(directory)
+    if foreign is not None:
+        return foreign
+    return check_source(Checkpoint.open(directory))
+
+
+def check_source(checkpoint: Checkpoint) -> Checkpoint:
+    """What `open_source` checks of an opened checkpoint, which it returns."""
+    directory = checkpoint.directory
     if checkpoint.quantization is not None:
         kinds = ", ".join(sorted({group.scheme.kind for group in checkpoint.quantization.groups}))
         raise UsageError(
@@ -98,6 +108,13 @@ class SourceReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+    def forget(self, file: Path) -> None:
+        """Close a file that is about to be deleted; nothing may be reading it."""
+        with self._opening:
+            descriptor = self._descriptors.pop(file, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def matrix(self, name: str) -> Iterator[Slab]:
         """The rows of matrix `name` [out, in], dequantized where they are FP8.

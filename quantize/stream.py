@@ -17,18 +17,19 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from localmoe.errors import CheckpointError
-from localmoe.formats import nf4
+from localmoe.formats import grouped, nf4
 from localmoe.formats.scheme import NF4_BLOCK
 from localmoe.formats.writer import CheckpointWriter
+from quantize.foreign import ForeignCheckpoint, stored
 from quantize.hashing import SourceHasher
 from quantize.plan import Job, Plan
 from quantize.progress import Meter
-from quantize.quantizers import Grid, quantize_rows
+from quantize.quantizers import Grid, ordered_sum, pack_integers, quantize_rows
 from quantize.sources import SourceReader
 
 _MOST_WORKERS = 16  # Python between the operations is what more would wait for
@@ -40,6 +41,22 @@ class _StoppedError(Exception):
     """Another job failed, or the user pressed Ctrl-C."""
 
 
+class Feed(Protocol):
+    """Brings the files of jobs, and is told when they are done with."""
+
+    def is_new(self, job: Job) -> bool:
+        """Whether `job` is the first to read one of its files."""
+        ...
+
+    def need(self, job: Job) -> None:
+        """Wait until what `job` reads is here."""
+        ...
+
+    def finished(self, job: Job) -> None:
+        """`job` reads no more."""
+        ...
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What every job needs."""
@@ -48,6 +65,10 @@ class Conversion:
     writer: CheckpointWriter
     grid: Grid
     meter: Meter
+    round_scales: bool = False
+    """Of converted matrices: whether scales that are no bf16 numbers may be rounded to one."""
+    feed: Feed | None = None
+    """None: all files are here."""
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(self, job: Job) -> Record:
@@ -58,16 +79,22 @@ class Conversion:
                 self.writer.write(job.source.name, piece, at)
                 self.meter.add(piece.nbytes, job.source.name)
             return {}
+        if job.action == "convert":
+            return self._convert(job)
         module = job.source.name.removesuffix(".weight")
         written: dict[str, int] = {}  # bytes so far, by output tensor
         error = norm = 0.0
+        zeros = 0
         for slab in self.reader.matrix(job.source.name):
             self._check_stop()
             if job.scheme is None:
                 parts = {"weight": slab.rows.to(torch.bfloat16)}
+                if not parts["weight"].isfinite().all():
+                    raise CheckpointError(f"{_where(job)} has values too large for bfloat16; pull the model again")
             else:
                 quantized = quantize_rows(slab.rows, job.scheme, self.grid)
                 parts = quantized.parts
+                zeros += quantized.zero_groups
                 error += quantized.squared_error
                 norm += quantized.squared_norm
             for suffix, data in parts.items():
@@ -77,18 +104,42 @@ class Conversion:
             self.meter.add(slab.source_bytes, job.source.name)
         self.write_shape(job)
         if not (math.isfinite(error) and math.isfinite(norm)):
-            raise CheckpointError(f"{job.source.file.name}: {job.source.name} has values too large for weights")
-        return {"squared_error": error, "squared_norm": norm} if job.scheme else {}
+            raise CheckpointError(f"{_where(job)} has values too large for weights; pull the model again")
+        return {"squared_error": error, "squared_norm": norm, "zero_groups": zeros} if job.scheme else {}
 
     def write_shape(self, job: Job) -> None:
         """`weight_shape`, where the job's form has one."""
-        name = f"{job.source.name.removesuffix('.weight')}.weight_shape"
+        name = f"{job.unit.name}.weight_shape"
         if name in job.unit.tensors:
-            self.writer.write(name, torch.tensor(job.source.shape, dtype=torch.int64))
+            self.writer.write(name, torch.tensor(job.shape or job.source.shape, dtype=torch.int64))
+
+    def _convert(self, job: Job) -> Record:
+        """A matrix that others packed, with the same numbers; the error is that of rounded scales."""
+        checkpoint, module = self.reader.checkpoint, job.unit.name
+        assert isinstance(checkpoint, ForeignCheckpoint)
+        assert job.scheme is not None
+        self._check_stop()
+        packed = checkpoint.packed(module)
+        q, scale = stored(packed, job.scheme, _where(job), round_scales=self.round_scales)
+        for suffix, data in pack_integers(q, scale, job.scheme).items():
+            self.writer.write(f"{module}.{suffix}", data)
+        self.write_shape(job)
+        weight = packed.dequantize()
+        difference = grouped.scaled(q, scale, job.scheme.group_size) - weight
+        self.meter.add(job.source.nbytes, job.source.name)
+        return {
+            "squared_error": ordered_sum(difference.square()),
+            "squared_norm": ordered_sum(weight.square()),
+            "zero_groups": int((scale == 0).sum()),
+        }
 
     def _check_stop(self) -> None:
         if self.stopped.is_set():
             raise _StoppedError
+
+
+def _where(job: Job) -> str:
+    return f"{job.source.file.name}: {job.source.name}"
 
 
 def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: frozenset[str] = frozenset()) -> int:
@@ -111,6 +162,8 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: f
     def finish_oldest() -> None:
         job, future = waiting.popleft()
         writer.finish(job.unit.name, future.result())
+        if conversion.feed is not None:
+            conversion.feed.finished(job)
         for name, fact in hasher.finished().items():
             if name not in remembered:
                 remembered.add(name)
@@ -125,7 +178,12 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: f
                     resumed += job.source.nbytes
                     meter.add(job.source.nbytes, job.source.name)
                     continue
-                hasher.start(job.source.file)
+                if conversion.feed is not None:
+                    while waiting and conversion.feed.is_new(job):  # what they read is dropped before more comes
+                        finish_oldest()
+                    conversion.feed.need(job)
+                else:
+                    hasher.start(job.source.file)
                 waiting.append((job, pool.submit(conversion.run, job)))
                 if len(waiting) > 2 * count:
                     finish_oldest()

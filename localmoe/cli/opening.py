@@ -101,8 +101,10 @@ def _is_packed(path: Path) -> bool:
 
 
 def _quantize_first(name: str, recipe: str, source: Path) -> None:
-    from localmoe.cli.quantize import make_artifact
+    from localmoe.cli.quantize import make_artifact, packed_by_others
 
+    if packed_by_others(source):
+        recipe = "converted"
     streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")
     output = store.artifact_dir(name, recipe)
     make_artifact(source, output, recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,16 +15,20 @@ from localmoe.cli import options, prompt, streams, units
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.values import check_choice
 from localmoe.errors import UsageError
+from localmoe.text.files import read_json_object
 
 if TYPE_CHECKING:
-    from localmoe.formats.manifest import Manifest
+    from localmoe.cli.render import Advance
+    from localmoe.formats.manifest import Manifest, Measured
     from localmoe.store import ModelRef
     from quantize.pipeline import Report
-    from quantize.progress import Progress
+    from quantize.progress import OnProgress, Progress
 
 _KEYS = (
     "model, path, recipe, group_size, grid, already_there, resumed_bytes, parameters, bits_per_weight, source_bytes, "
-    "size_bytes, relative_error, worst [{tensor, scheme, relative_error}], notes"
+    "size_bytes, relative_error, worst [{tensor, scheme, relative_error}], measured {text_sha256, tokens, perplexity, "
+    "reference_perplexity, kld_mean, kld_error, kld_median, kld_p90, kld_p99, kld_max, same_top1, and more} or null, "
+    "notes"
 )
 _WORST = 3
 
@@ -62,24 +67,66 @@ def quantize(
             "--calibrate", metavar="FILE", help="Run the model on this text first.  [gptq and auto: a text of ours]"
         ),
     ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(
+            "--gate", metavar="KLD", min=0, help="Fail if the mean KLD to the source is above this (0.05, say)."
+        ),
+    ] = None,
+    round_scales: Annotated[
+        bool,
+        typer.Option(
+            "--round-scales", help="Of a GPTQ or AWQ checkpoint: round scales that bf16 does not hold exactly."
+        ),
+    ] = False,
+    discard_source: Annotated[
+        bool,
+        typer.Option(
+            "--discard-source",
+            help="Pull a shard, quantize it, drop it: for a disk that does not hold the source. Takes no calibration, "
+            "and measures no loss but the perplexity.",
+        ),
+    ] = False,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not measure what was lost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
 ) -> None:
     """Make a 4-bit model of MODEL's source: a name that was pulled, or a directory.
 
-    One pass, a few megabytes at a time. Interrupted, the same command goes on where it stopped. MODEL may end
-    in :RECIPE instead of --recipe.
+    One pass, a few megabytes at a time; then both models are run, layer by layer, on a held-out text, and what was
+    lost is written into localmoe.json and README.md. Interrupted, the same command goes on where it stopped.
+    MODEL may end in :RECIPE instead of --recipe. A GPTQ or AWQ checkpoint is converted, with the same numbers.
     """
     ref = store.parse_ref(model)
-    chosen = _recipe(ref, recipe)
     checked = _grid(grid)
     if group_size not in (32, 64, 128):
         raise UsageError(f"--group-size: {group_size} is not one of 32, 64, 128")
+    if no_gate and gate is not None:
+        raise UsageError("--no-gate measures nothing, so --gate has nothing to compare: give one of them")
     rounding = _method(method, calibrate is not None)
     text = prompt.read_file(calibrate) if calibrate is not None else None
+    if discard_source:
+        if rounding != "rtn" or text is not None or gate is not None or round_scales:
+            raise UsageError(
+                "--discard-source never has the whole source: leave out --method, --calibrate, --gate, --round-scales"
+            )
+        _discarding(ref, _recipe(ref, recipe, None), output, group_size, checked, not no_gate, as_json)
+        return
     source = _source(ref)
+    chosen = _recipe(ref, recipe, source)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
-    report = make_artifact(source, target, chosen, group_size=group_size, grid=checked, method=rounding, text=text)
+    report = make_artifact(
+        source,
+        target,
+        chosen,
+        group_size=group_size,
+        grid=checked,
+        method=rounding,
+        text=text,
+        measure=not no_gate,
+        limit=gate,
+        round_scales=round_scales,
+    )
     name = str(target) if output is not None else f"{ref.name}:{chosen}"
     if as_json:
         streams.write_json(_record(name, report))
@@ -96,17 +143,17 @@ def make_artifact(
     grid: Literal["mse", "absmax"] = "mse",
     method: Literal["rtn", "gptq", "auto"] = "rtn",
     text: str | None = None,
+    measure: bool = True,
+    limit: float | None = None,
+    round_scales: bool = False,
 ) -> Report:
     """Quantize with a progress bar. Ctrl-C loses nothing."""
     from localmoe.cli.render import progress_bar
 
     try:
         with progress_bar("quantize") as advance:
+            from quantize.gate import Gate
             from quantize.pipeline import quantize as run_pipeline
-
-            def report(progress: Progress) -> None:
-                item = progress.item if progress.stage == "quantize" else f"check {progress.item}"
-                advance(progress.done_bytes, progress.total_bytes, item)
 
             return run_pipeline(
                 source,
@@ -116,19 +163,70 @@ def make_artifact(
                 grid=grid,
                 method=method,
                 calibration_text=text,
-                progress=report,
+                gate=Gate(limit) if measure else None,
+                round_scales=round_scales,
+                progress=_told(advance),
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
 
 
-def _recipe(ref: ModelRef, flag: str | None) -> str:
+def packed_by_others(source: Path) -> bool:
+    """Whether a source was quantized by others, in another layout: then it can only be converted.
+
+    Raises UnsupportedModelError for one that cannot.
+    """
+    from quantize.foreign import form_of
+
+    return form_of(read_json_object(source / "config.json")) is not None
+
+
+def _discarding(
+    ref: ModelRef,
+    recipe: str,
+    output: Path | None,
+    group_size: int,
+    grid: Literal["mse", "absmax"],
+    gate: bool,
+    as_json: bool,
+) -> None:
+    """Quantize shard by shard from the hub, with a progress bar. Ctrl-C loses nothing but a shard's rest."""
+    from localmoe.cli.render import progress_bar
+    from localmoe.hub.download import pull_without_weights
+
+    target = output if output is not None else store.artifact_dir(ref.name, recipe)
+    found = pull_without_weights(ref)
+    try:
+        with progress_bar("quantize") as advance:
+            from quantize.discard import quantize_from_hub
+
+            report = quantize_from_hub(
+                found, target, recipe, group_size=group_size, grid=grid, gate=gate, progress=_told(advance)
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
+    name = str(target) if output is not None else f"{ref.name}:{recipe}"
+    if as_json:
+        streams.write_json(_record(name, report))
+    else:
+        streams.write(_summary(name, f"{found.listing.repo} on the hub", report))
+
+
+def _told(advance: Advance) -> OnProgress:
+    def report(progress: Progress) -> None:
+        said = {"quantize": "", "measure": "measure ", "hash": "check "}[progress.stage]
+        advance(progress.done_bytes, progress.total_bytes, said + progress.item)
+
+    return report
+
+
+def _recipe(ref: ModelRef, flag: str | None, source: Path | None) -> str:
     ending = None if ref.ending == "source" else ref.ending
     if flag is not None:
         check_choice(flag, store.RECIPES, "--recipe")
     if flag is not None and ending is not None and flag != ending:
         raise UsageError(f"--recipe {flag} contradicts the ending of {ref.name}:{ending}; give one of them")
-    return flag or ending or "balanced"
+    return flag or ending or ("converted" if source is not None and packed_by_others(source) else "balanced")
 
 
 def _grid(text: str) -> Literal["mse", "absmax"]:
@@ -167,6 +265,7 @@ def _record(name: str, report: Report) -> dict[str, Any]:
         "worst": [
             {"tensor": tensor, "scheme": scheme, "relative_error": error} for tensor, scheme, error in _worst(manifest)
         ],
+        "measured": asdict(manifest.measured) if manifest.measured is not None else None,
         "notes": list(manifest.notes),
     }
 
@@ -192,7 +291,19 @@ def _calibrated(manifest: Manifest) -> str:
     return f"{methods} of {len(records)} calibrated matrices; the rarest saw {fewest:,} tokens"
 
 
-def _summary(name: str, source: Path, report: Report) -> str:
+def loss(measured: Measured) -> str:
+    """What an artifact lost, in a line."""
+    perplexity = f"perplexity {measured.perplexity:.3f}"
+    if measured.kld_mean is None:
+        return f"{perplexity} on {measured.tokens:,} held-out tokens; not compared with the source"
+    error = f" +- {measured.kld_error:.5f}" if measured.kld_error is not None else ""
+    return (
+        f"mean KLD {measured.kld_mean:.5f}{error}, p99 {measured.kld_p99:.4f}, same top-1 {measured.same_top1:.1%}, "
+        f"{perplexity} (source {measured.reference_perplexity:.3f}), on {measured.tokens:,} held-out tokens"
+    )
+
+
+def _summary(name: str, source: object, report: Report) -> str:
     manifest, totals = report.manifest, report.manifest.totals
     state = ": was here already" if report.already_there else ""
     if report.resumed_bytes:
@@ -207,6 +318,8 @@ def _summary(name: str, source: Path, report: Report) -> str:
     calibrated = _calibrated(manifest)
     if calibrated:
         facts.append(("rounded", calibrated))
+    if manifest.measured is not None:
+        facts.append(("lost", loss(manifest.measured)))
     facts += [("note", note) for note in manifest.notes]
     facts.append(("in", str(report.output)))
     lines = [f"{name}{state}", *(f"  {label:<7}  {value}" for label, value in facts)]

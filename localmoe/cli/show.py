@@ -18,14 +18,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from localmoe.formats.manifest import Manifest, TensorRecord
+    from localmoe.serving import EngineSupport
     from localmoe.store import Resolved
 
 _KEYS = (
     "model, kind (artifact, source), path, recipe, group_size, grid, calibration {method, text_sha256, rounded {gptq, "
     "weighted, mse: matrices}, rarest_expert, rarest_expert_tokens} or null, source {name, revision}, parameters, "
     "bits_per_weight, size_bytes, relative_error, errors [{part, scheme, matrices, mean_relative_error, "
-    "max_relative_error}], worst [{tensor, scheme, relative_error}], notes, sampling, config, "
-    "files [{name, size_bytes}]"
+    "max_relative_error}], worst [{tensor, scheme, relative_error}], measured {text_sha256, tokens, perplexity, "
+    "reference_perplexity, kld_mean, kld_error, kld_median, kld_p90, kld_p99, kld_max, same_top1, and more} or null, "
+    "notes, sampling, config, "
+    "files [{name, size_bytes}]; with --serving: model, path, engines [{engine, problems [{engine, rule, what, "
+    "source}], tensor_parallel, tensor_parallel_whole_experts, expert_parallel: sizes, commands [[what for, [line]]]}]"
 )
 _WORST = 5
 _PARTS = (  # the first that a module's name contains
@@ -98,16 +102,24 @@ class Description:
     relative_error: float | None = None
     errors: list[PartError] = field(default_factory=list)
     worst: list[WorstTensor] = field(default_factory=list)
+    measured: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def show(
     model: options.Model,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="The commands that serve it with vLLM and SGLang, and on how many GPUs.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
 ) -> None:
     """Show MODEL's architecture, recipe, bits per weight, rounding errors, sampling defaults and files."""
-    description = describe(store.resolve(model))
+    resolved = store.resolve(model)
+    if serving:
+        streams.write(serving_text(resolved)) if not as_json else streams.write_json(_serving_record(resolved))
+        return
+    description = describe(resolved)
     if as_json:
         streams.write_json(asdict(description))
     else:
@@ -149,6 +161,7 @@ def describe(resolved: Resolved) -> Description:
         relative_error=manifest.totals.relative_error,
         errors=errors_by_part(manifest.tensors),
         worst=[WorstTensor(name, record.scheme, record.relative_error) for name, record in worst],
+        measured=asdict(manifest.measured) if manifest.measured is not None else None,
         notes=list(manifest.notes),
     )
 
@@ -216,6 +229,7 @@ def as_text(description: Description) -> str:
         if description.calibration is not None:
             facts[3:3] = _calibration(description.calibration)
         facts.insert(-1, ("error", f"{description.relative_error:.4f} of the weights' norm"))
+        facts.insert(-1, ("lost", _lost(description.measured)))
     width = max(len(name) for name, _ in facts)
     blocks = [
         printable_line(description.model),
@@ -233,6 +247,47 @@ def as_text(description: Description) -> str:
     files = [(f"  {file.name}", units.size(file.size_bytes)) for file in description.files]
     blocks += ["", table(("  FILE", "SIZE"), files, ("left", "right"))]
     return "\n".join(blocks) + "\n"
+
+
+def _lost(measured: dict[str, Any] | None) -> str:
+    from localmoe.cli.quantize import loss
+    from localmoe.formats.manifest import Measured
+
+    return loss(Measured(**measured)) if measured is not None else "not measured"
+
+
+def _serving_record(resolved: Resolved) -> dict[str, Any]:
+    from localmoe.cli.opening import label
+
+    return {"model": label(resolved), "path": str(resolved.path), "engines": [asdict(s) for s in _support(resolved)]}
+
+
+def _support(resolved: Resolved) -> tuple[EngineSupport, ...]:
+    from localmoe.serving import support
+
+    return support(read_json_object(resolved.path / "config.json"), str(resolved.path))
+
+
+def serving_text(resolved: Resolved) -> str:
+    """Which engines load the model, on how many GPUs, and the commands to type."""
+    from localmoe.cli.opening import label
+
+    lines = [label(resolved)]
+    for found in _support(resolved):
+        lines += ["", found.engine]
+        if found.problems:
+            lines += [f"  does not load it: {p.what}  ({p.rule}; {p.source})" for p in found.problems]
+            continue
+        lines.append(f"  experts shared out whole: on {_sizes(found.tensor_parallel_whole_experts)} GPUs")
+        lines.append(f"  experts cut like all else: on {_sizes(found.tensor_parallel) or 'no number of'} GPUs")
+        for purpose, commands in found.commands:
+            lines += [f"  {purpose}:", *(f"    {command}" for command in commands)]
+    lines += ["", "Conditions read from the engines' sources (localmoe/serving.py), not tried here."]
+    return "".join(f"{printable_line(line)}\n" for line in lines)
+
+
+def _sizes(sizes: tuple[int, ...]) -> str:
+    return " or ".join(", ".join(map(str, sizes)).rsplit(", ", 1))
 
 
 def _calibration(facts: CalibrationFacts) -> list[tuple[str, str]]:

@@ -48,7 +48,7 @@ class Checkpoint:
         self._closed = False
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
+    def open(cls, directory: Path) -> Self:
         """Open a directory with config.json and safetensors shards.
 
         Raises ModelNotFoundError when it is not a model's directory, CheckpointError, naming the file and
@@ -56,7 +56,7 @@ class Checkpoint:
         """
         if not (directory / "config.json").is_file():
             raise ModelNotFoundError(f"{directory}: not a model directory (it has no config.json)")
-        return cls(directory, read_json(directory / "config.json"), _tensors_of(directory))
+        return cls(directory, read_json(directory / "config.json"), tensors_of(directory))
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -129,6 +129,21 @@ class Checkpoint:
         if info.offset % info.dtype.itemsize:
             raw = raw.clone()  # safetensors promises no alignment; our own writer gives it
         return raw.view(info.dtype).reshape(info.shape)
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """Rows `indices` int64 [n] of a float matrix, as float32 [n, in]; each is read once, and no other is."""
+        info = self.info(name)
+        if len(info.shape) != 2 or info.dtype not in _FLOATS:
+            raise self._wrong(name, f"should be a matrix of floats; it is {info.dtype} {list(info.shape)}")
+        distinct, places = torch.unique(indices, return_inverse=True)
+        size = info.shape[1] * info.dtype.itemsize
+        buffer = torch.empty(len(distinct) * size, dtype=torch.uint8)
+        view = buffer.numpy().data
+        with info.file.open("rb", buffering=0) as file:
+            for at, row in enumerate(distinct.tolist()):
+                if os.preadv(file.fileno(), [view[at * size : (at + 1) * size]], info.offset + row * size) != size:
+                    raise CheckpointError(f"{info.file.name}: ends inside {name}; download it again")
+        return buffer.view(info.dtype).view(-1, info.shape[1]).to(torch.float32)[places]
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How `module`'s matrix is quantized, or None. FP8 sources have no scheme: see `fp8_block`."""
@@ -211,6 +226,15 @@ class Checkpoint:
         return self._mapped[path]
 
 
+class ReadingCheckpoint(Checkpoint):
+    """Copies every tensor out of the file, for one pass over files that memory need not hold: nothing stays mapped,
+    and a file that is cut off under way is an error and not a dead process."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in fresh memory."""
+        return self.read(name)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a model directory. Raises CheckpointError naming the file."""
     try:
@@ -241,7 +265,8 @@ def _parse_quantization(config: Mapping[str, Any]) -> tuple[QuantizationConfig |
     return None, (block[0], block[1])
 
 
-def _tensors_of(directory: Path) -> dict[str, TensorInfo]:
+def tensors_of(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a directory's shards, by name. Raises CheckpointError."""
     index_path = directory / INDEX_NAME
     if not index_path.is_file():
         if not (directory / SINGLE_NAME).is_file():

@@ -83,8 +83,29 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What the artifact loses, on `tokens` predicted tokens of a held-out text: perplexities, and the KL divergence to
+    the source in nats a token. An `_error` is a standard error. None: not known (a source that was not kept)."""
+
+    text_sha256: str
+    tokens: int
+    perplexity: float
+    perplexity_error: float | None
+    reference_perplexity: float | None
+    reference_perplexity_error: float | None
+    kld_mean: float | None
+    kld_error: float | None
+    kld_median: float | None
+    kld_p90: float | None
+    kld_p99: float | None
+    kld_max: float | None
+    same_top1: float | None
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Everything in `localmoe.json`. `notes` are sentences for the user, such as what stays unquantized."""
+    """Everything in `localmoe.json`. `notes` are sentences for the user, such as what stays unquantized; `measured` is
+    None where the loss was not measured."""
 
     localmoe: str
     settings: Settings
@@ -93,6 +114,7 @@ class Manifest:
     tensors: Mapping[str, TensorRecord]
     totals: Totals
     notes: tuple[str, ...]
+    measured: Measured | None = None
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, one line a value, no NaN."""
@@ -100,6 +122,8 @@ class Manifest:
         del value["settings"]
         if self.settings.calibration is None:  # nothing to say of it
             del value["method"], value["calibration"]
+        if self.measured is None:
+            del value["measured"]
         for entry in value["tensors"].values():
             for name in ("method", "tokens", "output_error"):
                 if entry[name] is None:
@@ -155,6 +179,7 @@ class _Reader:
             },
             totals=self.totals(top.get("totals")),
             notes=self.notes(top.get("notes")),
+            measured=None if top.get("measured") is None else self.measured(top["measured"]),
         )
 
     def wrong(self, field: str) -> CheckpointError:
@@ -211,6 +236,19 @@ class _Reader:
             parameters=self.count("totals.parameters", entry.get("parameters")),
             bytes=self.count("totals.bytes", entry.get("bytes")),
             **{field.name: self.number(f"totals.{field.name}", entry.get(field.name)) for field in fields(Totals)[2:]},
+        )
+
+    def measured(self, value: object) -> Measured:
+        entry = self.mapping("measured", value)
+        figures = [field.name for field in fields(Measured)[3:]]
+        return Measured(
+            self.text("measured.text_sha256", entry.get("text_sha256")),
+            self.count("measured.tokens", entry.get("tokens")),
+            self.number("measured.perplexity", entry.get("perplexity")),
+            **{
+                name: None if entry.get(name) is None else self.number(f"measured.{name}", entry[name])
+                for name in figures
+            },
         )
 
     def notes(self, value: object) -> tuple[str, ...]:

@@ -56,7 +56,14 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     Raises CheckpointError, naming the file and the tensor, for anything that does not add up: a truncated
     file, overlapping or missing bytes, a shape that contradicts its size, a duplicate or unsafe name.
     """
-    header, data_start, size = _read_json(path)
+    raw, size = _read_raw(path)
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
+    """As `read_header`, of the header's JSON `raw` of a file with `size` bytes that need not be at `path` yet."""
+    data_start = 8 + len(raw)
+    header = _json_object(path, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path.name}: the header's __metadata__ is not a map of strings")
@@ -77,24 +84,32 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(header, first byte of the data, size of the file)."""
+def header_length(path: Path, first: bytes, size: int) -> int:
+    """Bytes of the header's JSON, from the first eight of a file of `size`. Raises CheckpointError."""
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise CheckpointError(f"{path.name}: not a safetensors file, or cut off in its header")
+    return length
+
+
+def _read_raw(path: Path) -> tuple[bytes, int]:
+    """(the header's JSON, size of the file)."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise CheckpointError(f"{path.name}: not a safetensors file, or cut off in its header")
-            raw = file.read(length)
+            return file.read(header_length(path, file.read(8), size)), size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: the safetensors header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name}: the safetensors header is not an object")
-    return header, 8 + length, size
+    return header
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

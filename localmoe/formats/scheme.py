@@ -195,7 +195,13 @@ def _group_from_dict(name: str, group: object) -> SchemeGroup:
             raise _unsupported(f"{where}.{field}", group[field])
     if group.get("format") not in (None, "pack-quantized", "nf4"):
         raise _unsupported(f"{where}.format", group["format"])
-    fixed = {"symmetric": (True,), "strategy": ("group",), "dynamic": (False, None), "actorder": (None, False)}
+    # actorder `static` (also called `weight`) orders columns while rounding only: groups stay neighbours
+    fixed = {
+        "symmetric": (True,),
+        "strategy": ("group",),
+        "dynamic": (False, None),
+        "actorder": (None, False, "static", "weight"),
+    }
     for field, allowed in fixed.items():
         if weights.get(field) not in allowed:
             raise _unsupported(f"{where}.weights.{field}", weights.get(field))

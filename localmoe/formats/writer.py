@@ -25,6 +25,7 @@ from torch import Tensor
 from localmoe.errors import CheckpointError, StorageError, UsageError
 from localmoe.formats.journal import JOURNAL_NAME, Journal, storage_errors, sync_directory
 from localmoe.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, Settings
+from localmoe.formats.safetensors import TensorInfo, read_header
 from localmoe.formats.shards import Shard, Unit, index_json, plan_shards
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -117,6 +118,15 @@ class CheckpointWriter:
             self._journal.append(self._pending)
         self._pending = []
         self._unsynced = 0
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """What is being written, as it lies in the files now."""
+        paths = [self._partial(shard) for shard in self._shards]
+        found = [
+            path if path.exists() else self.directory / shard.file
+            for path, shard in zip(paths, self._shards, strict=True)
+        ]
+        return {info.name: info for path in found for info in read_header(path)[0]}
 
     def commit(
         self,

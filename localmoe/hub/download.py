@@ -98,7 +98,7 @@ def pull(ref: ModelRef, *, revision: str | None = None, progress: OnProgress | N
         if path is None:
             raise HubError(f"HF_HUB_OFFLINE is set and {repo} is not complete here: unset it to download")
         return _check_only(ref.name, repo, path, progress)
-    with _quiet_hub():
+    with quiet_hub():
         listing = ask_hub(repo, revision or constants.DEFAULT_REVISION)
         return _Pull(ref.name, listing, progress).run()
 
@@ -121,7 +121,7 @@ def pull_config(ref: ModelRef) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"HF_HUB_OFFLINE is set and the {CONFIG} of {repo} is not here: unset it to fetch that")
-    with _quiet_hub():
+    with quiet_hub():
         return _Pull(ref.name, ask_hub(repo, constants.DEFAULT_REVISION), None).config()
 
 
@@ -138,8 +138,35 @@ def survey(ref: ModelRef) -> Survey:
 
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"HF_HUB_OFFLINE is set and {repo} is not complete here: unset it to download")
-    with _quiet_hub():
+    with quiet_hub():
         return _Pull(ref.name, ask_hub(repo, constants.DEFAULT_REVISION), None).survey()
+
+
+@dataclass(frozen=True)
+class WithoutWeights:
+    """A repository whose small files are in the cache's `snapshot`; `weights` are the shards that it has on the hub."""
+
+    name: str
+    listing: Listing
+    snapshot: Path
+    weights: tuple[RemoteFile, ...]
+
+
+def pull_without_weights(ref: ModelRef, *, revision: str | None = None) -> WithoutWeights:
+    """Bring all but the weights of `ref`'s source into the cache. Raises as `pull` does."""
+    if revision is not None:
+        check_revision(revision)
+    refuse_unsupported(ref.name)
+    repo = repo_of(ref.name)
+    if ref.directory is not None or repo is None:
+        raise UsageError(f"{ref.name} is not on the hub: only what is pulled can be discarded shard by shard")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"HF_HUB_OFFLINE is set: unset it to pull {repo}")
+    with quiet_hub():
+        listing = ask_hub(repo, revision or constants.DEFAULT_REVISION)
+        return _Pull(ref.name, listing, None).without_weights()
 
 
 def _check_only(name: str, repo: str | None, path: Path, progress: OnProgress | None) -> PullReport:
@@ -152,7 +179,7 @@ def _check_only(name: str, repo: str | None, path: Path, progress: OnProgress | 
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Keep huggingface_hub's own words off the terminal: it repeats signed addresses and the server's text."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -218,6 +245,16 @@ class _Pull:
         received = self._meter.received
         repo, commit = self._listing.repo, self._listing.commit
         return PullReport(self._name, repo, commit, self._snapshot, tuple(done), received)
+
+    def without_weights(self) -> WithoutWeights:
+        """Fetch what is not weights, and refuse what cannot be run."""
+        with hub_errors(self._listing.repo, self._listing.revision, f"while writing to {self._directory}"):
+            self._snapshot.mkdir(parents=True, exist_ok=True)
+        for file in self._listing.files:
+            if not file.is_weights:
+                self._ensure(file)
+        self._check_supported()
+        return WithoutWeights(self._name, self._listing, self._snapshot, tuple(self._weights()))
 
     def config(self, *others: str) -> Path:
         """Fetch config.json and the `others`, if they are listed: the snapshot stays incomplete until a pull."""

@@ -57,6 +57,21 @@ def test_quantize_says_what_it_did_and_what_to_type_next(invoke, empty_home):
     assert str(store.artifact_dir("demo", "balanced")) in other.err
 
 
+def test_quantize_gate(invoke, empty_home):
+    failed = invoke("quantize", "demo", "--gate", "0.001", "--json")
+    assert failed.status == 1
+    assert failed.json["error"]["kind"] == "gate"
+    assert "above --gate 0.001" in failed.err
+    assert not (store.artifact_dir("demo", "balanced") / "localmoe.json").exists()
+    passed = invoke("quantize", "demo", "--gate", "0.05")
+    assert passed.status == 0
+    assert re.search(r"\n  lost     mean KLD 0\.01\d+ \+- 0\.000\d+, p99 0\.\d+, same top-1 9\d\.\d%", passed.out)
+    measured = invoke("show", "demo", "--json").json["measured"]
+    assert 0.01 < measured["kld_mean"] < measured["kld_p90"] < measured["kld_p99"] < measured["kld_max"]
+    both = invoke("quantize", "demo", "--gate", "0.05", "--no-gate")
+    assert (both.status, "give one of them" in both.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,24 +180,40 @@ def test_eval(invoke, quantized, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little girl who lived by the sea with her mother. " * 6)
     record = invoke("eval", str(quantized), "--text", str(text), "--reference", "demo:source", "--json").json
-    assert list(record) == [
-        "tokens",
-        "perplexity",
-        "reference_perplexity",
-        "kld_mean",
-        "kld_median",
-        "kld_p99",
-        "kld_max",
-        "same_top1",
-    ]
+    figures = ["tokens", "perplexity", "perplexity_error", "reference_perplexity", "reference_perplexity_error"]
+    figures += ["kld_mean", "kld_error", "kld_median", "kld_p90", "kld_p99", "kld_max", "same_top1"]
+    assert list(record) == [*figures, "layerwise", "classes"]
     assert record["tokens"] > 80
     assert math.isclose(record["perplexity"], record["reference_perplexity"], rel_tol=0.2)
     assert 0 < record["kld_median"] <= record["kld_p99"] <= record["kld_max"]
     assert 0.5 < record["same_top1"] < 1
     alone = invoke("eval", str(quantized), "--text", str(text), "--json").json
     assert math.isclose(alone["perplexity"], record["perplexity"], rel_tol=1e-9)
-    assert [alone[key] for key in list(record)[2:]] == [None] * 6
+    assert [alone[key] for key in figures[3:]] == [None] * 9
+    assert alone["perplexity_error"] > 0
+    assert (alone["layerwise"], alone["classes"]) == (False, None)
     assert "same top-1" in invoke("eval", "demo:source", "--text", str(text), "--reference", str(quantized)).out
+
+
+def test_eval_layer_by_layer(invoke, quantized, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl who lived by the sea with her mother. " * 6)
+    common = ("eval", str(quantized), "--text", str(text), "--reference", "demo:source")
+    plot = tmp_path / "kld.png"
+    found = invoke(*common, "--layerwise", "--by-class", "--plot", str(plot), "--json").json
+    wanted = invoke(*common, "--kernels", "reference", "--cache-dtype", "float32", "--json").json
+    assert found["layerwise"] is True
+    assert math.isclose(found["kld_mean"], wanted["kld_mean"], rel_tol=1e-3)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert sum(entry["tokens"] for entry in found["classes"] if entry["by"] == "token") == found["tokens"]
+    small = invoke(*common, "--ram", "1MB", "--by-class")
+    assert "do not fit into 0.0 GB of memory: running layer by layer\n" in small.err
+    assert "token letters" in small.out
+    assert "+-" in small.out
+    refused = invoke(*common, "--layerwise", "--kernels", "avx2")
+    assert (refused.status, "leave out --kernels" in refused.err) == (2, True)
+    alone = invoke("eval", str(quantized), "--text", str(text), "--plot", str(plot))
+    assert (alone.status, "--reference" in alone.err) == (2, True)
 
 
 def test_eval_of_a_text_that_is_not_there(invoke):
@@ -246,3 +277,31 @@ def test_sizes_for_people(count, text):
 @pytest.mark.parametrize(("count", "text"), [(999, "999"), (13_565_632, "13.6 M"), (15_700_000_000, "15.7 B")])
 def test_quantities_for_people(count, text):
     assert units.quantity(count) == text
+
+
+def test_show_serving(invoke, quantized):
+    """The demo's q_lora_rank of 96 and experts' hidden size fit no Marlin kernel of SGLang's: it says which and why."""
+    shown = invoke("show", str(quantized), "--serving")
+    assert shown.status == 0
+    assert re.search(r"\nSGLang\n  does not load it: .* not a multiple of .*marlin_utils\.py", shown.out)
+    record = invoke("show", str(quantized), "--serving", "--json").json
+    assert [entry["engine"] for entry in record["engines"]] == ["vLLM", "SGLang"]
+    source = invoke("show", "demo:source", "--serving").out
+    assert "vllm serve" in source
+    assert "sglang.launch_server" in source
+
+
+def test_quantize_converts_a_gptq_checkpoint_and_says_so(invoke, tmp_path):
+    """Only noticed here: tests/quantize/test_foreign.py builds real ones."""
+    for path in demo_directory().iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = invoke("quantize", str(tmp_path), "-o", str(tmp_path / "output"))
+    assert outcome.status == 1
+    assert "desc_act is 'True'" in outcome.err
+    config["quantization_config"]["desc_act"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "no tensor is named *.qweight" in invoke("quantize", str(tmp_path), "-o", str(tmp_path / "output")).err
+    assert not (tmp_path / "output").exists()

@@ -166,11 +166,12 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self, name: str, headers: dict[str, str]) -> None:
         data = self.hub.other_bytes.get(name, self.hub.files[name])
         start, status = 0, 200
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         if match and not self.hub.ignores_range:
             start, status = int(match[1]), 206
-            headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-        rest = data[start:]
+            stop = min(len(data), int(match[2]) + 1) if match[2] else len(data)
+            headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+        rest = data[start:stop] if status == 206 else data
         self.send_response(status)
         for key, value in {"Content-Length": str(len(rest)), "Connection": "close", **headers}.items():
             self.send_header(key, value)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.gptq import DAMPING, gptq
+from quantize.gptq import DAMPING, gptq, refit
 from quantize.quantizers import group_scales
 
 FORMS = {"int4": int4, "int8": int8}
@@ -85,6 +85,27 @@ def test_the_weighted_search_is_no_worse_in_its_own_measure() -> None:
     assert (errors <= group_scales(weight, scheme, "absmax", importance)[1]).all()
     ones = group_scales(weight, scheme, "mse", torch.ones(192))
     assert all(map(torch.equal, ones, group_scales(weight, scheme, "mse")))
+
+
+def test_refitted_scales_are_nearly_the_best_for_their_integers() -> None:
+    scheme = Scheme("int4", 32)
+    weight, inputs = problem(16)
+    hessian = inputs.T @ inputs
+    q, scale = gptq(weight, hessian, scheme)
+    fitted = refit(weight, q, scale, hessian, scheme)
+    before, after = (output_error(weight, q, found, inputs, scheme) for found in (scale, fitted))
+    best = 0.0
+    for row in range(16):  # all scales of a row at once, by least squares and not rounded
+        parts = inputs.double().view(-1, 6, 32) * q[row].double().view(6, 32)
+        design = parts.sum(dim=2)  # [tokens, groups]
+        target = inputs.double() @ weight[row].double()
+        solution = torch.linalg.lstsq(design, target.unsqueeze(1)).solution[:, 0]
+        best += float((target - design @ solution).square().sum())
+    assert best < after < before
+    assert before - after > 0.3 * (before - best)
+    dead = torch.zeros(192, 192)
+    assert torch.equal(refit(weight, q, scale, dead, scheme), scale)
+    assert torch.equal(refit(weight, torch.zeros_like(q), scale, hessian, scheme), scale)
 
 
 def test_inputs_that_never_came_and_rows_of_zeros() -> None:

@@ -1,0 +1,201 @@
+"""`quantize --discard-source` against the fake hub: the same output, with a shard or two on the disk at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from localmoe.cli.app import main
+from localmoe.errors import LocalMoeError, StorageError, UsageError, VerificationError
+from localmoe.hub import ModelRef, cache, pull
+from localmoe.hub.download import pull_without_weights
+from localmoe.hub.verify import demo_directory
+from quantize import discard
+from quantize.discard import SCRATCH_NAME, peak_bytes, quantize_from_hub
+from quantize.pipeline import quantize
+from quantize.progress import Progress
+
+REPO = "maker/Tiny-MoE"
+COUNT = 4
+SHARDS = [f"model-0000{i}-of-0000{COUNT}.safetensors" for i in range(1, COUNT + 1)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The demo in four shards. Some FP8 matrices have their scales in the next shard, as V3's have."""
+    directory = tmp_path_factory.mktemp("sharded")
+    tensors = load_file(demo_directory() / "model.safetensors")
+    parts: list[dict] = [{} for _ in SHARDS]
+    for place, name in enumerate(sorted(tensors)):
+        parts[min(COUNT - 1, COUNT * place // len(tensors))][name] = tensors[name]
+    result = {}
+    weight_map = {}
+    for shard, part in zip(SHARDS, parts, strict=True):
+        last = sorted(part)[-1]
+        if last.endswith("_scale_inv") and shard != SHARDS[-1]:
+            parts[SHARDS.index(shard) + 1][last] = part.pop(last)
+    straddling = "model.layers.3.mlp.experts.3.up_proj.weight_scale_inv"
+    home = next(part for part in parts if straddling in part)
+    parts[(parts.index(home) + 1) % COUNT][straddling] = home.pop(straddling)
+    for shard, part in zip(SHARDS, parts, strict=True):
+        save_file(part, directory / shard)
+        weight_map |= dict.fromkeys(part, shard)
+        result[shard] = (directory / shard).read_bytes()
+    result["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    for path in demo_directory().iterdir():
+        if path.suffix == ".json":
+            result[path.name] = path.read_bytes()
+    return result
+
+
+@pytest.fixture
+def hub(hub, files):
+    hub.files = dict(files)
+    return hub
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def run(output: Path, **options):
+    return quantize_from_hub(pull_without_weights(ModelRef(REPO, None, None)), output, "balanced", **options)
+
+
+def bodies(hub) -> set[str]:
+    """Shards of which more was sent than a header."""
+    return {name for name, sent in hub.sent.items() if name in SHARDS and sent > 0.9 * len(hub.files[name])}
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> Path:
+    """What an ordinary run makes of the same files."""
+    root = tmp_path_factory.mktemp("ordinary")
+    (root / "source").mkdir()
+    for name, data in files.items():
+        (root / "source" / name).write_bytes(data)
+    quantize(root / "source", root / "output", "balanced")
+    return root / "output"
+
+
+def test_the_output_is_the_ordinary_one_and_the_source_is_gone(hub, tmp_path, ordinary, monkeypatch):
+    output = tmp_path / "output"
+    most = 0
+    foreseen = []
+    honest = discard.peak_bytes
+    monkeypatch.setattr(discard, "peak_bytes", lambda *given: foreseen.append(honest(*given)) or foreseen[-1])
+
+    def watch(step: Progress) -> None:
+        nonlocal most
+        scratch = output / SCRATCH_NAME
+        if scratch.is_dir():
+            most = max(most, sum(path.stat().st_size for path in scratch.iterdir()))
+
+    report = run(output, progress=watch)
+    found, wanted = contents(output), contents(ordinary)
+    assert found.keys() == wanted.keys()
+    same = [name for name in wanted if name not in ("localmoe.json", "README.md")]
+    assert all(found[name] == wanted[name] for name in same)
+    manifest, theirs = json.loads(found["localmoe.json"]), json.loads(wanted["localmoe.json"])
+    assert manifest["tensors"] == theirs["tensors"]
+    assert manifest["source"]["files"] == theirs["source"]["files"]
+    assert (manifest["source"]["name"], manifest["source"]["revision"]) == (REPO, hub.commit)
+    assert manifest["measured"]["perplexity"] == theirs["measured"]["perplexity"]
+    assert manifest["measured"]["kld_mean"] is None
+    assert bodies(hub) == set(SHARDS)
+    assert 0 < most <= foreseen[0] < sum(len(hub.files[name]) for name in SHARDS)
+    snapshot = cache.repo_directory(REPO) / "snapshots" / hub.commit
+    assert not list(snapshot.glob("*.safetensors"))
+    assert report.source_bytes > 0
+    hub.forget_requests()
+    assert run(output).already_there
+    assert not hub.sent.keys() & set(SHARDS)
+
+
+@pytest.mark.parametrize("moment", [0.3, 0.8])
+def test_an_interrupted_run_pulls_no_finished_shard_again(hub, tmp_path, ordinary, moment):
+    output = tmp_path / "output"
+
+    def interrupt(step: Progress) -> None:
+        if step.stage == "quantize" and step.total_bytes and step.done_bytes > moment * step.total_bytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(output, progress=interrupt, gate=False)
+    assert not (output / "localmoe.json").exists()
+    hub.forget_requests()
+    report = run(output, gate=False)
+    assert report.resumed_bytes > 0
+    assert SHARDS[0] not in bodies(hub)
+    for name in ("model.safetensors", "config.json", "model.safetensors.index.json"):
+        assert (output / name).read_bytes() == (ordinary / name).read_bytes()
+    assert not (output / SCRATCH_NAME).exists()
+
+
+def test_a_cut_connection_goes_on(hub, tmp_path, ordinary):
+    hub.cuts = {SHARDS[2]: [len(hub.files[SHARDS[2]]), 900_000, 400_000]}  # the first answer is the header's
+    run(tmp_path / "output", gate=False)
+    assert (tmp_path / "output" / "model.safetensors").read_bytes() == (ordinary / "model.safetensors").read_bytes()
+
+
+def test_a_shard_that_was_pulled_before_is_used_and_stays(hub, tmp_path, ordinary):
+    path = pull(ModelRef(REPO, None, None)).path
+    hub.forget_requests()
+    run(tmp_path / "output", gate=False)
+    assert not hub.sent.keys() & set(SHARDS)
+    assert all((path / name).is_file() for name in SHARDS)
+    assert (tmp_path / "output" / "model.safetensors").read_bytes() == (ordinary / "model.safetensors").read_bytes()
+
+
+def test_bytes_that_are_not_the_listed_ones_are_refused(hub, tmp_path):
+    data = bytearray(hub.files[SHARDS[1]])
+    data[-1] ^= 1
+    hub.other_bytes = {SHARDS[1]: bytes(data)}
+    with pytest.raises(VerificationError, match=SHARDS[1]):
+        run(tmp_path / "output", gate=False)
+    assert not (tmp_path / "output" / "localmoe.json").exists()
+    assert not (tmp_path / "output" / "model.safetensors").exists()
+
+
+def test_space_is_checked_before_the_start(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(discard.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 12_000_000}))
+    with pytest.raises(StorageError, match=r"[0-9,]{10} bytes are needed there \([0-9,]{10} for the output"):
+        run(tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+    assert not bodies(hub)
+
+
+def test_the_most_bytes_at_a_time_by_hand():
+    sizes = {"a": 10, "b": 20, "c": 30, "d": 5}
+    assert peak_bytes([("a",), ("b",), ("c",), ("d",)], sizes) == 50  # c comes while b is worked on
+    assert peak_bytes([("a", "b"), ("b",), ("c",), ("d",)], sizes) == 60  # a needs b's scale, and c comes with them
+    assert peak_bytes([("a",), ("b",), ("c",), ("d", "a")], sizes) == 60  # a is kept to the end
+    assert peak_bytes([], sizes) == 0
+
+
+def test_what_cannot_be_had_without_the_source(hub, tmp_path, capsys, monkeypatch):
+    for flags in (["--method", "gptq"], ["--gate", "0.05"]):
+        status = main(["quantize", REPO, "-o", str(tmp_path / "output"), "--discard-source", *flags])
+        assert (status, "never has the whole source" in capsys.readouterr().err) == (2, True)
+    assert main(["quantize", "demo", "-o", str(tmp_path / "output"), "--discard-source"]) == 2
+    assert "not on the hub" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        pull_without_weights(ModelRef("demo", None, None))
+    config = json.loads(hub.files["config.json"])
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    hub.files["config.json"] = json.dumps(config).encode()
+    with pytest.raises(LocalMoeError):
+        run(tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_command(hub, tmp_path, capsys, ordinary):
+    output = tmp_path / "output"
+    assert main(["quantize", REPO, "-o", str(output), "--discard-source", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["measured"]["perplexity"] > 1
+    assert record["measured"]["kld_mean"] is None
+    assert (output / "model.safetensors").read_bytes() == (ordinary / "model.safetensors").read_bytes()
