@@ -10,6 +10,14 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Beside other workers (pytest-xdist) each has a processor of its own: teams of threads that wait for each other by
+# spinning must not share one with another team
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if _worker.startswith("gw"):
+    _mine = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_mine[int(_worker[2:]) % len(_mine)]})
+
+
 def pytest_configure() -> None:
     # A shell starts its background jobs with SIGINT ignored, and programs inherit that: CI may run the tests so.
     # The tests of Ctrl-C start programs which must not.
