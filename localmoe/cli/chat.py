@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from localmoe.cli import options, settings, speed, streams, transcript
+from localmoe.cli import model_argument, options, settings, speed, streams, transcript
 from localmoe.cli.answer import Answer, Request, collect, splitter
 from localmoe.cli.chat_words import afterword, recap, statistics
+from localmoe.cli.conversation import Conversation
 from localmoe.cli.kept import Kept, turns_to_drop
 from localmoe.cli.status import folded, status
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
@@ -344,7 +345,7 @@ class Chat:
         if not model or self.switch is None:
             _say(f"{self._name} ({self._engine.path}); /model NAME goes on with another one")
             return
-        opened = self.switch(self._engine, self._request, model)
+        opened = self.switch(self._engine, self._request, model_argument.meant(model))
         self._engine, self._name, self._request = opened.engine, opened.name, opened.request
         self._last = None
         _say(opened.problem or f"{self._name} · context {self._engine.max_context} tokens · the conversation goes on")

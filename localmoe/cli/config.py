@@ -84,7 +84,7 @@ def get(
     elif value is not None:
         streams.write((value if isinstance(value, str) else literal(value)) + "\n")
     if value is None:
-        raise typer.Exit(1)
+        raise _not_set(name)
 
 
 @app.command("set", cls=Command)
@@ -123,8 +123,7 @@ def unset(
     if as_json:
         streams.write_json({"key": name, "path": str(path)})
     if not is_set:
-        streams.tell(f"localmoe: {printable_line(name)} is not set in {path}")
-        raise typer.Exit(1)
+        raise _not_set(name)
 
 
 @app.command("path", cls=Command)
@@ -154,6 +153,11 @@ _FIRST = """\
 # Defaults of localmoe; `localmoe config list --all` shows what can stand here.
 # A flag on the command line comes before them.
 """
+
+
+def _not_set(name: str) -> typer.Exit:
+    streams.tell(f"localmoe: {printable_line(name)} is not set in {config_file.path()}")
+    return typer.Exit(1)
 
 
 def _parts(name: str) -> tuple[str | None, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localmoe.cli import options, prompt, streams
+from localmoe.cli import model_argument, options, prompt, streams
 
 if TYPE_CHECKING:
     from quantize.evaluate import Evaluation, EvaluationProgress
@@ -54,6 +54,7 @@ def evaluate(
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     machine = replace(machine, deterministic=deterministic)
     content = prompt.read_file(text)
+    reference = None if reference is None else model_argument.meant(reference)
 
     from localmoe.cli.opening import open_engine
     from localmoe.cli.render import progress_bar

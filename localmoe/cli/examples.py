@@ -12,12 +12,13 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("Files are named in the prompt", "localmoe run demo 'What do they share?' -f notes.txt -f plan.txt"),
         ("The same answer each time", "localmoe run demo 'A story about the sea' --temp 0.8 --seed 1 -n 100"),
         ("Only a number of it", "localmoe run demo 'Hi' --json | jq .completion_tokens"),
+        ("Why it was as fast as it was", "localmoe run demo 'Tell me a story' --explain-speed"),
         ("A saved prompt", "localmoe run demo --template translate --param to=French 'Good morning'"),
         ("Many prompts, one a line", "localmoe run demo --jsonl prompts.jsonl -n 50 > answers.jsonl"),
         ("Text to go on from, no chat", "localmoe run demo --raw 'Once upon a time' -n 40"),
     ),
     "chat": (
-        ("Talk", "localmoe chat deepseek-v2-lite-chat"),
+        ("Talk; what is not here is downloaded first, once asked", "localmoe chat deepseek-v2-lite-chat"),
         ("With a manner", "localmoe chat demo --system 'Answer in one sentence.' --temp 0.7"),
         ("Half the memory for the context", "localmoe chat deepseek-v2-lite-chat --cache-dtype int8 --ctx 32768"),
     ),
@@ -39,6 +40,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     "bench": (
         ("Speed, and where the time goes", "localmoe bench demo"),
         ("After a long prompt", "localmoe bench demo -p 256 -n 64 --context 128"),
+        ("Where a token's time goes", "localmoe bench demo --explain-speed"),
         ("One kernel tier against another", "localmoe bench demo --kernels portable --json"),
     ),
     "plan": (
@@ -82,6 +84,13 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     "config unset": (("Back to the default", "localmoe config unset sampling.temperature"),),
     "config path": (("To keep a copy", 'cp "$(localmoe config path)" config.toml'),),
     "config edit": (("With an editor of your choice", "EDITOR=nano localmoe config edit"),),
+    "sessions": (
+        ("Keep a conversation", "localmoe chat demo --session dragons"),
+        ("Go on with it in a script", "localmoe run demo --session dragons 'And then?'"),
+        ("What is kept", "localmoe sessions"),
+        ("What was said", "localmoe sessions show dragons"),
+        ("Forget it", "localmoe sessions rm dragons"),
+    ),
     "templates": (
         ("Save a prompt", "localmoe templates add translate 'Translate into {to}: {input}' --param to=English"),
         ("Use it", "localmoe run demo --template translate --param to=French 'Good morning'"),

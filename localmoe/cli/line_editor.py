@@ -16,6 +16,7 @@ from prompt_toolkit.styles import Style
 
 from localmoe import store
 from localmoe.cli import streams
+from localmoe.cli.completion import models
 from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ class _Completer(Completer):
         if not space and command.startswith("/"):
             yield from (Completion(c, start_position=-len(command)) for c in self._commands if c.startswith(command))
         elif command == "/model":
-            names = [f"{each.name}:{each.recipe}" for each in store.list_artifacts() if each.complete]
-            yield from (Completion(n, start_position=-len(argument)) for n in names if n.startswith(argument))
+            names = (name for name in models() if name.startswith(argument))
+            yield from (Completion(name, start_position=-len(argument)) for name in names)
         elif command in _TAKE_A_FILE:
             inner = Document(argument, len(argument))
             for found in self._paths.get_completions(inner, complete_event):

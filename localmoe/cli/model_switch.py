@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from localmoe.cli import settings
 from localmoe.cli.answer import Request, splitter
+from localmoe.cli.model_argument import meant
 from localmoe.cli.opening import find, label, open_found
 from localmoe.errors import LocalMoeError
 
@@ -42,7 +43,7 @@ class ModelSwitch:
 
         Raises, with `engine` still open, what finding, quantizing or downloading `model` raises.
         """
-        before, found = self._resolved, find(model, self._machine, yes=self._yes)
+        before, found = self._resolved, find(meant(model), self._machine, yes=self._yes)
         advised = settings.sampling(self._flags, before.name, engine.generation_defaults)
         wishes = {name: value for name, value in request.sampling.items() if value != advised[name]}
         engine.close()

@@ -141,6 +141,8 @@ def run(
     form = asking.form(raw, system, template, param)
     if jsonl is not None and (as_json or think_to is not None or show_thinking):
         raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
+    if jsonl is not None and explain_speed:
+        raise UsageError("--explain-speed: it explains one answer, and --jsonl asks for many; leave out one of them")
     text = prompt.assemble(
         prompt_text, file or [], may_be_empty=raw, needed=form.needs_text and jsonl is None, reads_input=jsonl is None
     )
@@ -176,7 +178,7 @@ def run(
             answer = collect(engine, asked, request, printer.show, timed=timed, reuse_prefix=turn is not None)
             printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
             failure = _unmet(answer)
-            if failure is None and turn is not None:
+            if failure is None and turn is not None:  # what does not fulfil its form is no turn to go on from
                 failure = turn.keep(engine, label(resolved), answer, request)
             if thoughts is not None:
                 _write_thinking(think_to, thoughts, answer.thinking)

@@ -136,6 +136,7 @@ def test_a_bad_line_has_an_error_and_the_others_go_on(invoke, engine, line, mess
         (["--jsonl", "/"], "--jsonl: /: cannot be read: Is a directory"),
         (["--jsonl", "-"], "nothing is piped in"),
         (["--jsonl", "-", "--json"], "--jsonl: each answer is a JSON object"),
+        (["--jsonl", "-", "--explain-speed"], "--jsonl asks for many"),
         (["--jsonl", "-", "--think-to", "x"], "--jsonl: each answer is a JSON object"),
     ],
 )

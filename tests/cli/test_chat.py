@@ -13,6 +13,7 @@ import struct
 import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -398,6 +399,11 @@ def test_another_model_takes_over_and_the_conversation_goes_on(sit_down, home):
     typist.expect("context 14/64")
     typist.say("/set")
     typist.expect("temperature 0.5")
+    config = Path(os.environ["XDG_CONFIG_HOME"], "localmoe/config.toml")
+    config.parent.mkdir(parents=True)
+    config.write_text('[alias]\nmine = "demo:source"\n')
+    typist.say("/model mine")
+    typist.expect("demo:source · context 64 tokens · the conversation goes on")
     typist.say("/model nothing-like-it")
     typist.expect("no model is called 'nothing-like-it'")
     typist.say("/model demo:compact")

@@ -19,6 +19,8 @@ from localmoe.errors import UsageError
 
 NOT_IN_THE_FILE = {  # what a command is asked for once: its input, its output, what would change what a script reads
     "run": {
+        "explain_speed",
+        "yes",
         "prompt_text",
         "file",
         "jsonl",
@@ -30,7 +32,8 @@ NOT_IN_THE_FILE = {  # what a command is asked for once: its input, its output, 
         "logprobs",
         "think_to",
     },
-    "chat": {"logit_bias"},
+    "chat": {"logit_bias", "explain_speed", "yes"},
+    "bench": {"explain_speed", "plot_to"},
     "eval": {"text", "reference"},
     "plan": {"recipe"},
 }
@@ -114,6 +117,7 @@ def test_aliases(invoke, engine):
     assert "leave :compact out" in invoke("show", "fixed:compact").err
     assert "did you mean your alias fast?" in invoke("show", "fats").err
     assert "did you mean demo?" in invoke("show", "dmo").err
+    assert "did you mean your alias fast?" in invoke("eval", "demo", "--text", __file__, "--reference", "fats").err
     assert invoke("rm", "fixed", "--json").status == 0
 
 
@@ -206,7 +210,8 @@ def test_set_get_list_unset(invoke):
     assert invoke("config", "get", "chat.think").out == "false\n"
     assert invoke("config", "get", "alias.v2.lite").out == "deepseek-v2-lite-chat:compact\n"
     assert invoke("config", "get", "run.seed", "--json").json == {"key": "run.seed", "value": None}
-    assert invoke("config", "get", "run.seed").status == 1
+    unset = invoke("config", "get", "run.seed")
+    assert (unset.status, unset.out, unset.err) == (1, "", f"localmoe: run.seed is not set in {path}\n")
     assert 'model = "demo"\n' in invoke("config", "list", "--all").out
     assert "# run.seed" in invoke("config", "list", "--all").out
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
