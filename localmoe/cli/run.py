@@ -177,8 +177,9 @@ def run(
             timed = speed.timer(engine) if explain_speed else None
             answer = collect(engine, asked, request, printer.show, timed=timed, reuse_prefix=turn is not None)
             printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
-            kept_wrong = None if turn is None else turn.keep(engine, label(resolved), answer, request)
-            failure = _unmet(answer) or kept_wrong
+            failure = _unmet(answer)
+            if failure is None and turn is not None:  # what does not fulfil its form is no turn to go on from
+                failure = turn.keep(engine, label(resolved), answer, request)
             if thoughts is not None:
                 _write_thinking(think_to, thoughts, answer.thinking)
             why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}

@@ -35,6 +35,7 @@ def test_texts_and_objects_in_order(invoke, engine):
         "thinking": None,
         "finish_reason": "stop",
         "prompt_tokens": 2,
+        "reused_tokens": 0,
         "completion_tokens": 4,
         "prefill_seconds": 0.25,
         "decode_seconds": 0.5,
