@@ -10,6 +10,7 @@ import typer
 
 from localmoe.cli import options, plot, speed, streams
 from localmoe.cli.opening import label, load_engine, locate
+from localmoe.cli.plan import foreseen
 from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
     "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
     "bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+    "predicted {prefill_tokens_per_second, decode_tokens_per_second}: what plan reckons from doctor's figures",
     "with --explain-speed also " + speed.KEYS, "with --plot also " + plot.KEYS,
 )  # fmt: skip
 
@@ -79,6 +81,8 @@ def bench(
         charts = None if plot_to is None else plot.measure(resolved, machine, context)
     finally:
         streams.passing_remark("")
+    first, then = foreseen(resolved.path / "config.json", machine, prompt, context + count // 2)
+    predicted = {"prefill_tokens_per_second": first, "decode_tokens_per_second": then}
     why = {"speed": speed.of_benchmark(opened[0], result)} if explain_speed else {}
     drawn: dict[str, Any] = {}
     if plot_to is not None and charts is not None:
@@ -87,23 +91,24 @@ def bench(
         drawn = charts.as_json(plot_to)
     if as_json:
         explained = {key: speed.as_json(value) for key, value in why.items()}
-        streams.write_json({"model": label(resolved), **asdict(result), **explained, **drawn})
+        streams.write_json({"model": label(resolved), **asdict(result), "predicted": predicted, **explained, **drawn})
         return
-    streams.write(_lines(label(resolved), result))
+    streams.write(_lines(label(resolved), result, first, then))
     if plot_to is not None:
         streams.write(f"drawn in {printable_line(plot_to)}\n")
     for value in why.values():
         speed.tell(value)
 
 
-def _lines(name: str, result: Benchmark) -> str:
+def _lines(name: str, result: Benchmark, first: float, then: float) -> str:
     lines = [
         f"{name}, {result.kernels} kernels, {result.threads} threads",
         f"open      {result.open_seconds:.2f} s; to the first token of a 16-token prompt "
         f"{result.first_token_seconds:.2f} s",
-        f"prefill   {result.prefill_tokens_per_second:.1f} tokens/s, {result.prompt_tokens} tokens",
+        f"prefill   {result.prefill_tokens_per_second:.1f} tokens/s, {result.prompt_tokens} tokens; plan foresees "
+        f"{first:.1f}",
         f"decode    {result.decode_tokens_per_second:.1f} tokens/s, {result.completion_tokens} tokens after "
-        f"{result.context}",
+        f"{result.context}; plan foresees {then:.1f}",
     ]
     if result.bandwidth_fraction is not None and result.read_bandwidth_bytes_per_second is not None:
         lines.append(

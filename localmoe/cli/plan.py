@@ -96,6 +96,17 @@ def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple
     return subject, machine, make_plan(subject, machine, budgets), as_stored
 
 
+def foreseen(config: Path, wanted: options.Machine, prompt: int, held: int) -> tuple[float, float]:
+    """(prefill of `prompt` tokens, decode with `held` tokens in the cache) in tokens/s, of files that are here. Raises
+    as `forecast` does."""
+    from localmoe.offload.predict import decode, prefill
+
+    subject, machine, plan, _ = forecast(config, None, wanted)
+    layers, head = plan.placement.layers, plan.placement.head_on_gpu
+    first = prefill(subject, machine, layers, head, prompt).tokens_per_second
+    return first, decode(subject, machine, layers, head, held).tokens_per_second
+
+
 def _find(model: str, flag: str | None) -> _Target:
     """Raises UsageError for a recipe that contradicts the model, ModelNotFoundError, HubError."""
     if flag is not None:
