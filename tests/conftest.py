@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 # Triton reads this once, when it is first imported, as other conftest files do through torch: without a GPU its kernels
 # run in its interpreter
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
@@ -22,3 +24,8 @@ def pytest_configure() -> None:
     # A shell starts its background jobs with SIGINT ignored, and programs inherit that: CI may run the tests so.
     # The tests of Ctrl-C start programs which must not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: beside other workers it should not be what all of them wait for."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
