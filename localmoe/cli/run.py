@@ -129,20 +129,13 @@ def run(
     bias = options.parse_bias(logit_bias)
     machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
     machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
-    if session is not None and (raw or jsonl is not None):
-        raise UsageError("--session keeps a conversation, and --raw and --jsonl go without one")
-    if raw and (system is not None or think is not None or show_thinking or think_to is not None):
-        raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
-    if logprobs is not None and not as_json and jsonl is None:
-        raise UsageError("--logprobs: they are a part of the JSON object; add --json")
+    shows_thinking = show_thinking or think_to is not None
+    _refuse_what_raw_leaves_out(raw, session, jsonl, system is not None or think is not None or shows_thinking)
+    _refuse_what_needs_or_has_json(as_json, jsonl, shows_thinking, explain_speed, logprobs)
     options.check_stop(stop)
     options.check_when_full(when_full)
     constraint = _constraint(schema, grammar, choice)
     form = asking.form(raw, system, template, param)
-    if jsonl is not None and (as_json or think_to is not None or show_thinking):
-        raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
-    if jsonl is not None and explain_speed:
-        raise UsageError("--explain-speed: it explains one answer, and --jsonl asks for many; leave out one of them")
     text = prompt.assemble(
         prompt_text, file or [], may_be_empty=raw, needed=form.needs_text and jsonl is None, reads_input=jsonl is None
     )
@@ -195,6 +188,24 @@ def run(
         raise typer.Exit(failure.exit_code)
     if answer.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _refuse_what_raw_leaves_out(raw: bool, session: str | None, jsonl: str | None, needs_template: bool) -> None:
+    if session is not None and (raw or jsonl is not None):
+        raise UsageError("--session keeps a conversation, and --raw and --jsonl go without one")
+    if raw and needs_template:
+        raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
+
+
+def _refuse_what_needs_or_has_json(
+    as_json: bool, jsonl: str | None, shows_thinking: bool, explain_speed: bool, logprobs: int | None
+) -> None:
+    if logprobs is not None and not as_json and jsonl is None:
+        raise UsageError("--logprobs: they are a part of the JSON object; add --json")
+    if jsonl is not None and (as_json or shows_thinking):
+        raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
+    if jsonl is not None and explain_speed:
+        raise UsageError("--explain-speed: it explains one answer, and --jsonl asks for many; leave out one of them")
 
 
 def _answer_lines(engine: Engine, lines: tuple[BinaryIO, int], shared: batch.Shared) -> None:
