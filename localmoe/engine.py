@@ -123,6 +123,7 @@ class Engine:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if len(ids) > self.max_context:
             raise ContextOverflowError(f"{len(ids):,} tokens do not fit the context of {self.max_context:,}")
+        self._leave_the_card()
         cache = model.new_cache(len(ids))
         logits = torch.empty(len(ids), self.config.vocab_size)  # [T, V]
         with torch.inference_mode():
@@ -273,10 +274,16 @@ class Engine:
 
     def _cache_for(self, reuse_prefix: bool) -> CachedTokens:
         if not reuse_prefix:
+            self._leave_the_card()
             return self._new_cache()
         if self._cached is None:
             self._cached = self._new_cache()
         return self._cached
+
+    def _leave_the_card(self) -> None:
+        """A card holds one cache: what was kept there to be gone on from is lost to the next one."""
+        if self.placement is not None:
+            self._cached = None
 
     def _new_cache(self, *, mtp: bool = True) -> CachedTokens:
         capacity, dtype = self.max_context, self.kernels.cache_dtype

@@ -55,6 +55,9 @@ def test_one_generation_at_a_time_and_nothing_is_learned(on_card: Callable[..., 
         next(engine.generate([7], max_tokens=1))
         with pytest.raises(UsageError, match="another generation has begun"):
             next(first)
+        next(engine.generate([7], max_tokens=1, reuse_prefix=True))
+        engine.logits([8])  # takes the card's cache too
+        next(engine.generate([7], max_tokens=1, reuse_prefix=True))
     assert not (tmp_path / "heat").exists()
 
 

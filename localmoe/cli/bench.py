@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import options, plot, speed, streams
-from localmoe.cli.opening import label, load_engine, locate
+from localmoe.cli import opening, options, plot, speed, streams
+from localmoe.cli.opening import label, locate
 from localmoe.cli.plan import foreseen
 from localmoe.cli.sanitize import printable_line
 
@@ -66,7 +66,7 @@ def bench(
     opened: list[Engine] = []
 
     def open_engine() -> Engine:
-        opened.append(load_engine(resolved.path, machine))
+        opened.append(opening.load_engine(resolved.path, machine))
         return opened[0]
 
     try:
