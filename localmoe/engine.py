@@ -261,6 +261,8 @@ class Engine:
         """Let go of the model's memory and files. May be called twice."""
         if self._model is not None:
             self._closing()
+        self._closing = lambda: None  # it holds what is on the card
+        self.expert_uses = lambda: None
         self._model = self._mtp = None
         self._cached = None
         self._checkpoint.close()

@@ -130,14 +130,14 @@ def _on_card(
         raise DeviceError(
             f"--vram {card.vram / GIB:.2f} GiB: other programs took the card's memory meanwhile; try again with less"
         ) from error
-    if deterministic:
-        return Engine(model, checkpoint, kernels, placed.context, placed)
-    kept.keep_fresh()
+    if not deterministic:
+        kept.keep_fresh()
 
     def closing() -> None:
         kept.close()
-        with suppress(OSError):  # a hint for the next run, which does without
-            heat.plus(kept.uses()).write(known)
+        if not deterministic:
+            with suppress(OSError):  # a hint for the next run, which does without
+                heat.plus(kept.uses()).write(known)
 
     engine = Engine(model, checkpoint, kernels, placed.context, placed, closing)
     engine.expert_uses = kept.uses

@@ -6,6 +6,7 @@ The check runs the demo, which is in the checkout, against the reference on the 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
 import subprocess
@@ -50,7 +51,9 @@ def ensure_extension() -> None:
 
 
 @contextmanager
-def opened(model: str, device: torch.device, vram: int | None, context: int) -> Iterator[Any]:
+def opened(
+    model: str, device: torch.device, vram: int | None, context: int, *, deterministic: bool = False
+) -> Iterator[Any]:
     """The model on the card; without one, on the interpreter as if the CPU's memory were a card's."""
     import localmoe.load as loading
     from localmoe.offload.device import CardMemory, choose_card
@@ -60,7 +63,9 @@ def opened(model: str, device: torch.device, vram: int | None, context: int) -> 
 
     given = vram if device.type == "cuda" else None
     with mock.patch.object(loading, "choose_card", choose):
-        engine = loading.load(model, device="auto" if given is None else "cuda", vram=given, ctx=context)
+        engine = loading.load(
+            model, device="auto" if given is None else "cuda", vram=given, ctx=context, deterministic=deterministic
+        )
     with engine:
         yield engine
 
@@ -81,7 +86,7 @@ def check_engine(bench: Any) -> Iterator[dict[str, Any]]:
         config = reference.config
     least = CUDA_CONTEXT + STAGING + card_workspace(config, 512)
     for what, room in (("all", 64 << 20), ("some", 14 << 20), ("none", 7 << 20)):
-        with opened("demo:source", bench.device, least + room, 256) as engine:
+        with opened("demo:source", bench.device, least + room, 256, deterministic=True) as engine:
             held = sum(share.nbytes for share in engine.placement.shares if share.part == "routed experts")
             here = sum(s.nbytes for s in engine.placement.shares if s.part == "routed experts" and s.tier == "gpu")
             ours = engine.logits(ids).log_softmax(-1)
@@ -125,6 +130,7 @@ def _timed(bench: Any, directory: Path, vram: int | None, context: int, prompt: 
     from localmoe.offload.plan import CUDA_CONTEXT
 
     if bench.on_gpu:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     holder = opened(str(directory), bench.device, vram, context)

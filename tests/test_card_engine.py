@@ -59,6 +59,7 @@ def test_one_generation_at_a_time_and_nothing_is_learned(on_card: Callable[..., 
         engine.logits([8])  # takes the card's cache too
         next(engine.generate([7], max_tokens=1, reuse_prefix=True))
     assert not (tmp_path / "heat").exists()
+    assert engine.expert_uses() is None  # nothing of it holds what was on the card
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")

@@ -189,7 +189,10 @@ class CardExperts:
         }
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way, host functions too, which know memory by its address; then let go of it."""
         if self._refresh is not None:
             self._refresh.close()
             self._refresh = None
+        if self._uses.is_cuda:
+            torch.cuda.synchronize(self._uses.device)
+        self._layers.clear()  # they know this object: a circle that would keep the card's memory

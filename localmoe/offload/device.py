@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +66,8 @@ def why_no_card() -> str | None:
         return f"{name} has compute capability {found[0]}.{found[1]} and 8.0 (RTX 30, A100) is the oldest that will do"
     if importlib.util.find_spec("triton") is None:
         return "Triton is missing: pip install triton"
+    if not any(os.environ.get("CC") or shutil.which(name) for name in ("gcc", "clang", "cc")):
+        return "Triton needs a C compiler (Debian and Ubuntu: apt install gcc)"
     return None
 
 

@@ -37,8 +37,9 @@ class Streamer:
         self._device = device
         self._room = room
         self._cuda = device.type == "cuda"
-        streams = (torch.cuda.Stream(device) if self._cuda else None for _ in range(2))  # type: ignore[no-untyped-call]
-        self._stream, self._sending = streams
+        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        # Of another priority: torch's streams of one priority are a pool, and a graph's may be among them
+        self._sending = torch.cuda.Stream(device, priority=-1) if self._cuda else None  # type: ignore[no-untyped-call]
         self._buffers: list[_Buffer] = []
         self._made_for: object = None
 
@@ -74,8 +75,10 @@ class Streamer:
     def _prepare(self, like: ExpertWeights, most: int) -> int:
         """Buffers for experts of this form; returns how many fit in one."""
         size = max(1, min(most, self._room // sum(weight.nbytes for weight in like)))
-        form = (size, *((type(weight), weight.out_features, weight.in_features) for weight in like))
+        parts = (tensor for weight in like for tensor in vars(weight).values() if isinstance(tensor, Tensor))
+        form = (size, *((tensor.shape, tensor.dtype) for tensor in parts))
         if form != self._made_for:
+            self._made_for = None  # until all of it is there
             self._buffers.clear()
             self._buffers = [self._buffer(like, size) for _ in range(2)]
             self._made_for = form

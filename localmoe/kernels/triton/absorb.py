@@ -62,10 +62,11 @@ def unfold_kernel(
 def fold_queries(q: Tensor, kv_b: DeviceMatrix, out: Tensor, launch: Launch, *, nope: int, value: int) -> Tensor:
     """out[t, a] = q[t, a, :n] k_b[a]: q float32 [T, A, n + p], out float32 [T, A, r]. Rows are computed each alone."""
     tokens, heads, width = q.shape
-    fold_kernel[(tokens, heads, triton.cdiv(kv_b.in_features, launch.fold_columns))](
+    columns = max(launch.fold_columns, kv_b.group)  # whole groups
+    fold_kernel[(tokens, heads, triton.cdiv(kv_b.in_features, columns))](
         q, kv_b.values, kv_b.scales, kv_b.table, out, heads, kv_b.in_features, q.stride(0),
         KIND=kv_b.kind, GROUP=kv_b.group, NOPE=nope, ROPE=width - nope, VALUE=value,
-        BLOCK_N=launch.fold_rows, BLOCK_K=launch.fold_columns, num_warps=launch.fold_warps,
+        BLOCK_N=launch.fold_rows, BLOCK_K=columns, num_warps=launch.fold_warps,
     )  # fmt: skip
     return out
 

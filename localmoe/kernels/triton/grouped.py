@@ -124,11 +124,11 @@ def grouped_experts(
     grouped_gate_up_kernel[(count, triton.cdiv(gate.out_features, launch.matmul_rows))](
         x, gate.values, gate.scales, up.values, up.scales, gate.table, *table, hidden,
         gate.in_features, gate.out_features, weights.shape[1], x.stride(0), hidden.stride(0),
-        KIND=gate.kind, GROUP=gate.group, BLOCK_K=launch.grouped_columns, **knobs,
+        KIND=gate.kind, GROUP=gate.group, BLOCK_K=max(launch.grouped_columns, gate.group), **knobs,
     )  # fmt: skip
     grouped_down_kernel[(count, triton.cdiv(down.out_features, launch.matmul_rows))](
         hidden, down.values, down.scales, down.table, *table, weights, out,
         down.in_features, down.out_features, hidden.stride(0), out.stride(0),
-        KIND=down.kind, GROUP=down.group, BLOCK_K=launch.matmul_columns, **knobs,
+        KIND=down.kind, GROUP=down.group, BLOCK_K=max(launch.matmul_columns, down.group), **knobs,
     )  # fmt: skip
     return out

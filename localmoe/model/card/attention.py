@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localmoe.kernels.triton.absorb import fold_queries, unfold_values
 from localmoe.kernels.triton.latent import store_latents
@@ -23,6 +24,10 @@ from localmoe.model.layers import WeightSource
 from localmoe.model.mla import LATENT_NORM_EPS
 from localmoe.model.rope import softmax_scale
 from localmoe.model.sizes import PREFILL_BYTES, SCORE_BYTES
+
+# cuDNN, which torch may prefer on newer cards, plans each new shape anew and takes memory that torch does not count
+_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_UNPACKED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,7 @@ class CardAttention:
             query, self._latent.many(x, launch), self._latent_norm, rotations, place, cache,
             nope=config.qk_nope_head_dim, epsilon=LATENT_NORM_EPS,
         )  # fmt: skip
-        held = cache[: start + tokens]
-        held = unpack_int8(held, config.kv_lora_rank) if held.dtype == torch.uint8 else held
+        held = self._unpacked(cache[: start + tokens])
         out = torch.empty(tokens, config.num_attention_heads, config.v_head_dim, device=x.device)
         step = self._heads_at_a_time(len(held))
         for head in range(0, config.num_attention_heads, step):
@@ -117,6 +121,17 @@ class CardAttention:
             keys, values = self._expanded(held, head, min(step, config.num_attention_heads - head))
             self._attend_heads(query[:, part].to(keys.dtype), keys, values, start, out[:, part])
         return self._output.many(out.flatten(1), launch)
+
+    def _unpacked(self, rows: Tensor) -> Tensor:
+        """Of an int8 cache, as it is multiplied; a piece at a time, since float32 has no room for a long context."""
+        config = self._config
+        if rows.dtype != torch.uint8:
+            return rows
+        held = torch.empty(len(rows), config.latent_width, dtype=self._launch.dot, device=rows.device)
+        for start in range(0, len(rows), _UNPACKED_ROWS):
+            part = slice(start, start + _UNPACKED_ROWS)
+            held[part] = unpack_int8(rows[part], config.kv_lora_rank)
+        return held
 
     def _expanded(self, held: Tensor, head: int, heads: int) -> tuple[Tensor, Tensor]:
         """Keys [S, h, n + p] and values [S, h, v] of some heads from `head` on."""
@@ -136,13 +151,15 @@ class CardAttention:
             own = query[first : first + step]
             seen = start + first + len(own)
             visible = torch.ones(len(own), seen, dtype=torch.bool, device=query.device).tril_(start + first)
-            out[first : first + step] = F.scaled_dot_product_attention(
-                own.transpose(0, 1)[None],
-                keys[:seen].transpose(0, 1)[None],
-                values[:seen].transpose(0, 1)[None],
-                attn_mask=visible,
-                scale=self._scale,
-            )[0].transpose(0, 1)  # [1, h, T, v]
+            with sdpa_kernel(_BACKENDS):
+                attended = F.scaled_dot_product_attention(
+                    own.transpose(0, 1)[None],
+                    keys[:seen].transpose(0, 1)[None],
+                    values[:seen].transpose(0, 1)[None],
+                    attn_mask=visible,
+                    scale=self._scale,
+                )  # [1, h, T, v]
+            out[first : first + step] = attended[0].transpose(0, 1)
 
     def _heads_at_a_time(self, context: int) -> int:
         config = self._config

@@ -135,10 +135,12 @@ def check_experts(form: str, tokens: int, hidden: int, inner: int, top: int, dev
     assert_near(run(slice(0, tokens), fresh=True), wanted - base, 1e-5)
 
 
-def check_grouped(form: str, tokens: int, hidden: int, inner: int, top: int, device: torch.device) -> None:
+def check_grouped(
+    form: str, tokens: int, hidden: int, inner: int, top: int, device: torch.device, group: int = 32
+) -> None:
     """The same sums as one token at a time; of an expert without a slot nothing is written."""
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
-    experts = [[random_matrix(form, *shape) for shape in shapes] for _ in range(top + 1)]
+    experts = [[random_matrix(form, *shape, group=group) for shape in shapes] for _ in range(top + 1)]
     slots = torch.full((top + 3,), -1, dtype=torch.int32)  # number 1 is elsewhere, the last is nobody's
     slots[torch.arange(top + 3) != 1] = torch.cat((torch.randperm(top + 1), torch.tensor([-1]))).int()
     gate, up, down = (upload([expert[part] for expert in experts], device) for part in range(3))
@@ -158,9 +160,12 @@ def check_grouped(form: str, tokens: int, hidden: int, inner: int, top: int, dev
     assert_near(out, wanted.flatten(0, 1), tensor_core_tolerance(device))
 
 
-def check_fold(form: str, heads: int, nope: int, rank: int, device: torch.device, value: int = 20) -> None:
+def check_fold(
+    form: str, heads: int, nope: int, rank: int, device: torch.device, value: int = 20, group: int = 32
+) -> None:
     """Through k_b; a row has its bits alone and among others."""
-    rope, kv_b, q = 8, random_matrix(form, heads * (nope + value), rank), torch.randn(3, heads, nope + 8)
+    rope, kv_b = 8, random_matrix(form, heads * (nope + value), rank, group=group)
+    q = torch.randn(3, heads, nope + 8)
     stored, launch, queries = upload([kv_b], device), launch_for(device), q.to(device)
 
     def run(rows: slice) -> Tensor:
@@ -312,8 +317,10 @@ def small_cases() -> dict[str, dict[str, Case]]:
         | {f"{f} 33x48x64": partial(check_matmul, f, 33, 48, 64) for f in FORMS},
         "experts": {f"{f} 2 rows": partial(check_experts, f, 2, 64, 192, 2) for f in FORMS}
         | {"int4 1 and 8 rows": partial(check_experts, "int4", 8, 64, 64, 2)},
-        "grouped": {f"{f} 21 rows": partial(check_grouped, f, 21, 64, 192, 2) for f in FORMS},
-        "fold": {f"{f} {r}": partial(check_fold, f, 3, 12, r) for f in ("bf16", "int8") for r in (64, 160)},
+        "grouped": {f"{f} 21 rows": partial(check_grouped, f, 21, 64, 192, 2) for f in FORMS}
+        | {"int4 g128": partial(check_grouped, "int4", 9, 128, 128, 2, group=128)},
+        "fold": {f"{f} {r}": partial(check_fold, f, 3, 12, r) for f in ("bf16", "int8") for r in (64, 160)}
+        | {"int8 g128": partial(check_fold, "int8", 2, 12, 256, group=128)},
         "unfold": {f"{f} {r}": partial(check_unfold, f, 2, 12, r) for f in ("bf16", "int8") for r in (64, 160)},
         "norm": {f"width {w}": partial(check_norm, w) for w in (64, 200)},
         "router": {name: partial(check_router, changes, tokens=3) for name, changes in _ROUTERS.items()},

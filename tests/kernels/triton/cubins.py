@@ -105,6 +105,15 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
             for name, k, form in forms
             if name in ("bf16", "int8")
         ),
+        ("grouped gate and up int4 g128", grouped.grouped_gate_up_kernel, {"KIND": 1, "GROUP": 128} | tile, 1, *mm),
+        (
+            "fold int8 g128",
+            absorb.fold_kernel,
+            {"KIND": 2, "GROUP": 128} | folded | {"BLOCK_K": 128},
+            2,
+            knobs.fold_warps,
+            3,
+        ),
         ("norm", norm.norm_kernel, {"ADD": True, "OCTETS": True, "BLOCK": 2048}, 0, 4, 3),
         ("router", router.router_kernel, route, 0, 1, 3),
         *((f"latents {name}", latent.latent_kernel, store | cache, 0, 4, 3) for name, cache in caches),
