@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from localmoe import store
 from localmoe.cli.conversation import Conversation, Turn
 from localmoe.errors import InputError, StorageError, UsageError
+from localmoe.formats.files import write_atomically
 
 _FORMAT = 1
 
@@ -65,16 +64,6 @@ def export(conversation: Conversation, path: Path) -> None:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".localmoe-")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
+        write_atomically(path, text.encode(), mode=0o600)  # a conversation is its owner's
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
