@@ -105,7 +105,10 @@ def _quantize_first(name: str, recipe: str, source: Path) -> None:
 
     if packed_by_others(source):
         recipe = "converted"
-    streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")
     output = store.artifact_dir(name, recipe)
+    if store.unfinished_bytes(output):
+        streams.tell(f"{name}:{recipe} is quantized in part: finishing it")
+    else:
+        streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")
     make_artifact(source, output, recipe)
     streams.tell(f"quantized to {output}")

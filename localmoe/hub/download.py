@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,8 @@ WORKERS = 4
 CONFIG = "config.json"
 
 State = Literal["present", "downloaded", "resumed", "repaired"]
+
+OnArrival = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,19 @@ def pull_without_weights(ref: ModelRef, *, revision: str | None = None) -> Witho
         return _Pull(ref.name, listing, None).without_weights()
 
 
+def pull_weights(
+    found: WithoutWeights,
+    *,
+    first: Collection[str] = (),
+    progress: OnProgress | None = None,
+    arrived: OnArrival = lambda name: None,
+) -> PullReport:
+    """Bring the rest of what `pull_without_weights` found: the shards in `first`, then the others by name. `arrived` is
+    told, in any thread, each shard that is here and right. Raises as `pull` does, and what `progress` raises."""
+    with quiet_hub():
+        return _Pull(found.name, found.listing, progress).run(first, arrived)
+
+
 def _check_only(name: str, repo: str | None, path: Path, progress: OnProgress | None) -> PullReport:
     report = verify_source(path, progress=progress)
     report.raise_if_bad()
@@ -231,16 +246,16 @@ class _Pull:
         self._snapshot = self._directory / "snapshots" / listing.commit
         self._meter = _Meter(sum(file.size for file in listing.files), report)
 
-    def run(self) -> PullReport:
+    def run(self, first: Collection[str] = (), arrived: OnArrival = lambda name: None) -> PullReport:
         small = [file for file in self._listing.files if not file.is_weights]
         with hub_errors(self._listing.repo, self._listing.revision, f"while writing to {self._directory}"):
             self._snapshot.mkdir(parents=True, exist_ok=True)
         done = [self._ensure(file) for file in small]
         self._check_supported()
-        weights = self._weights()
+        weights = sorted(self._weights(), key=lambda file: file.name not in first)
         self._meter.total = sum(file.size for file in (*small, *weights))
         self._check_space(weights)
-        done += self._ensure_all(weights)
+        done += self._ensure_all(weights, arrived)
         self._finish()
         received = self._meter.received
         repo, commit = self._listing.repo, self._listing.commit
@@ -317,11 +332,12 @@ class _Pull:
         held = sum(path.stat().st_size for file in missing.values() if (path := self._partial(file)).exists())
         return sum(file.size for file in missing.values()) - held
 
-    def _ensure_all(self, files: Sequence[RemoteFile]) -> list[PulledFile]:
-        # Files of the same content share one blob, so only the first of them is a download of its own.
-        first = list({file.digest: file for file in files}.values())
+    def _ensure_all(self, files: Sequence[RemoteFile], arrived: OnArrival) -> list[PulledFile]:
+        # Files of the same content share one blob, so only one of them is a download of its own.
+        single = {file.digest: file for file in files}
+        first = [file for file in files if single[file.digest] is file]
         with ThreadPoolExecutor(WORKERS) as pool:
-            futures = [pool.submit(self._ensure_or_stop, file) for file in first]
+            futures = [pool.submit(self._ensure_or_stop, file, arrived) for file in first]
             try:
                 for future in as_completed(futures):
                     error = future.exception()
@@ -331,17 +347,20 @@ class _Pull:
                 self._meter.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        return [future.result() for future in futures] + [self._ensure(file) for file in files if file not in first]
+        twins = [self._ensure_or_stop(file, arrived) for file in files if file not in first]
+        return [future.result() for future in futures] + twins
 
-    def _ensure_or_stop(self, file: RemoteFile) -> PulledFile:
+    def _ensure_or_stop(self, file: RemoteFile, arrived: OnArrival) -> PulledFile:
         """In a thread: the first error ends the other downloads too, at their next chunk."""
         if self._meter.stop.is_set():
             raise _StoppedError
         try:
-            return self._ensure(file)
+            pulled = self._ensure(file)
         except BaseException:
             self._meter.stop.set()
             raise
+        arrived(file.name)
+        return pulled
 
     def _ensure(self, file: RemoteFile) -> PulledFile:
         """Have `file` here with the right hash and linked into the snapshot, whatever that takes."""
