@@ -21,6 +21,7 @@ _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
     "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
     "bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+    "hit_rate_by_layer (null: no card)",
     "predicted {prefill_tokens_per_second, decode_tokens_per_second}: what plan reckons from doctor's figures",
     "with --explain-speed also " + speed.KEYS, "with --plot also " + plot.KEYS,
 )  # fmt: skip

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 _BETWEEN = " · "
 
 
-def status(engine: Engine, name: str, last: Answer | None) -> str:
-    """What fits the terminal's width: what matters least goes first."""
-    used = 0 if last is None else last.prompt_tokens + last.completion_tokens
+def status(engine: Engine, name: str, last: Answer | None, held: int = 0) -> str:
+    """What fits the terminal's width: what matters least goes first. `held` tokens are there before the `last` answer,
+    where a session goes on."""
+    used = held if last is None else last.prompt_tokens + last.completion_tokens
     parts = [printable_line(name), f"{used:,} of {engine.max_context:,} tokens"]
     if last is not None and last.decode_tokens_per_second:
         parts.append(f"{last.decode_tokens_per_second:.1f} tokens/s")
@@ -52,10 +53,10 @@ def folded(text: str, columns: int) -> str:
 
 
 def _card(engine: Engine) -> list[str]:
-    """The share of the experts' uses that the card serves, as they were placed, and its memory in use."""
+    """The share of the experts' uses that the card has served so far, and its memory in use."""
     placement = engine.placement
     if placement is None:
         return []
-    hits = [home.gpu_hits for home, moe in zip(placement.layers, engine.config.moe_layers, strict=True) if moe]
+    hits = engine.hit_rates()
     vram = f"VRAM {units.size(placement.nbytes('gpu'))}"
     return [f"{sum(hits) / len(hits):.0%} of expert uses on the card", vram] if hits else [vram]

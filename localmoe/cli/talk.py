@@ -82,7 +82,12 @@ class Chat:
 
     def status(self) -> str:
         """The line under the prompt."""
-        return status(self._engine, self._name, self._last)
+        return status(self._engine, self._name, self._last, self._held)
+
+    @property
+    def _held(self) -> int:
+        """Tokens of the session that goes on, until something else is said or it is forgotten."""
+        return self._kept.tokens if self._last is None and self._conversation.turns else 0
 
     def _next_draft(self) -> str:
         draft, self._draft = self._draft, ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -35,7 +34,7 @@ def test_what_the_card_does(columns) -> None:
     engine = FakeEngine(max_context=4096)
     layers = (Residence(True), Residence(True, 32, 0.75), Residence(True, 16, 0.25))
     engine.placement = Placement(4096, 4096, layers, True, (Share("layers", "gpu", 3 << 30, "", ""),))
-    engine.config = SimpleNamespace(moe_layers=(False, True, True))
+    engine.hit_rates = lambda: [0.6, 0.4]
     assert status(engine, "m", LAST).endswith(" · 12.3 tokens/s · 50% of expert uses on the card · VRAM 3 GiB")
 
 
