@@ -102,7 +102,8 @@ class Change:
 class Explanation:
     """`milliseconds_per_token` by part, adding up to a token's; `bytes_per_token` by the parts that read weights or
     cache (empty where that is not known); `limit_share` is bytes a second over the limit; `hit_rate_by_layer` is the
-    share of expert uses that the card's memory served, or was placed to where none was counted (None: no card); `changes` the best first."""
+    share of expert uses that the card's memory served, or was placed to serve where none was counted (None: no card);
+    `changes` the best first."""
 
     tokens: int
     tokens_per_second: float

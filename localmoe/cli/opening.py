@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -50,13 +51,14 @@ def open_found(resolved: Resolved, machine: Machine) -> Engine:
 
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """No search for garbage while torch and the model come, of which none is: one pass over torch's objects takes a tenth
-    of a second. Later passes leave out what was there after the first model; a second one's is still looked at."""
+    """No search for garbage while torch and the model come, of which none is: one pass over torch's objects takes a
+    tenth of a second. Later passes leave out what was there after the first model; a second one's is looked at."""
     gc.disable()
     try:
         yield
         if not gc.get_freeze_count():
             gc.freeze()
+            atexit.register(gc.unfreeze)  # at the end the extension is taken down as ever
     finally:
         gc.enable()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.cli import model_argument, options, settings, speed, streams, transcript
+from localmoe.cli import model_argument, options, settings, speed, streams, transcript, units
 from localmoe.cli.answer import Answer, Request, collect, splitter
 from localmoe.cli.chat_words import afterword, recap, statistics
 from localmoe.cli.conversation import Conversation
@@ -190,7 +190,8 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         turn = self._conversation.take_back()
-        _say("nothing to take back" if turn is None else f"forgotten; {len(self._conversation.turns)} turns are left")
+        left = units.are_left(len(self._conversation.turns), "turn")
+        _say("nothing to take back" if turn is None else f"forgotten; {left}")
 
     def _edit(self, _: str) -> None:
         turn = self._conversation.take_back()
@@ -250,7 +251,8 @@ class Chat:
     def _load(self, name: str) -> None:
         self._conversation = transcript.load(transcript.path_of(name))
         self._last = self._unanswered = None
-        _say(f"{len(self._conversation.turns)} turns; the conversation goes on from there")
+        turns = units.counted(len(self._conversation.turns), "turn")
+        _say(f"{turns}; the conversation goes on from there")
 
     def _export(self, name: str) -> None:
         if not name:
@@ -335,9 +337,9 @@ class Chat:
         _say(f"the conversation no longer fits the context of {self._engine.max_context} tokens")
         if not count:
             _say("the last message was not added: even alone it is too long")
-        elif self._choose(f"Drop the oldest {count} of {turns} turns and go on?"):
+        elif self._choose(f"Drop the oldest {count} of {units.counted(turns, 'turn')} and go on?"):
             self._conversation.drop_oldest(count)
-            _say(f"dropped; {turns - count} turns are left")
+            _say(f"dropped; {units.are_left(turns - count, 'turn')}")
             return True
         else:
             _say("the last message was not added. /reset begins a new conversation, a shorter message may still fit")

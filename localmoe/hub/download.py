@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ from typing import Literal
 
 from localmoe.errors import HubError, ModelNotFoundError, StorageError, UsageError, VerificationError
 from localmoe.hub import cache, partial
-from localmoe.hub.cache import OnProgress, Progress
+from localmoe.hub.cache import OnProgress
 from localmoe.hub.listing import Listing, RemoteFile, ask_hub, check_revision, hub_errors
+from localmoe.hub.meter import Meter, StoppedError
 from localmoe.hub.names import ModelRef, printable, refuse_unsupported, repo_of
 from localmoe.hub.verify import demo_directory, verify_source
 
@@ -205,37 +205,6 @@ def quiet_hub() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _StoppedError(Exception):
-    """Another file's download failed, or the user pressed Ctrl-C."""
-
-
-class _Meter:
-    """Adds up the bytes of all files, from all threads, and passes them on."""
-
-    def __init__(self, total: int, report: OnProgress | None) -> None:
-        self.total = total
-        self.received = 0
-        self.stop = threading.Event()
-        self._done: dict[str, int] = {}
-        self._report = report
-        self._lock = threading.Lock()
-
-    def advance(self, item: str, count: int) -> None:
-        if self.stop.is_set():
-            raise _StoppedError
-        with self._lock:
-            self._done[item] = self._done.get(item, 0) + count
-            if self._report is not None:
-                self._report(Progress(sum(self._done.values()), self.total, item))
-
-    def start_over(self, item: str) -> None:
-        self.advance(item, -self._done.get(item, 0))
-
-    def count_received(self, count: int) -> None:
-        with self._lock:
-            self.received += count
-
-
 class _Pull:
     """One pull of one repository at one commit."""
 
@@ -244,7 +213,7 @@ class _Pull:
         self._listing = listing
         self._directory = cache.repo_directory(listing.repo)
         self._snapshot = self._directory / "snapshots" / listing.commit
-        self._meter = _Meter(sum(file.size for file in listing.files), report)
+        self._meter = Meter(sum(file.size for file in listing.files), report)
 
     def run(self, first: Collection[str] = (), arrived: OnArrival = lambda name: None) -> PullReport:
         small = [file for file in self._listing.files if not file.is_weights]
@@ -341,7 +310,7 @@ class _Pull:
             try:
                 for future in as_completed(futures):
                     error = future.exception()
-                    if error is not None and not isinstance(error, _StoppedError):
+                    if error is not None and not isinstance(error, StoppedError):
                         raise error
             except BaseException:  # Ctrl-C included: the threads must not go on behind the prompt
                 self._meter.stop.set()
@@ -353,7 +322,7 @@ class _Pull:
     def _ensure_or_stop(self, file: RemoteFile, arrived: OnArrival) -> PulledFile:
         """In a thread: the first error ends the other downloads too, at their next chunk."""
         if self._meter.stop.is_set():
-            raise _StoppedError
+            raise StoppedError
         try:
             pulled = self._ensure(file)
         except BaseException:

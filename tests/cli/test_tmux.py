@@ -288,7 +288,7 @@ def test_a_session_is_there_again(sit_down) -> None:
 
     again = sit_down(*session, real=True)
     shown = again.wait(lambda _: again.at_prompt)
-    held = re.search(r"session fox goes on: 1 turns?, (\d+) tokens\n  > (.*)\n    (.*)\n", shown)
+    held = re.search(r"session fox goes on: 1 turn, (\d+) tokens\n  > (.*)\n    (.*)\n", shown)
     assert held is not None, shown
     assert used - 1 <= int(held[1]) <= used  # the last token has not been through the model
     assert (held[2], held[3]) == ("Tell me a story about a fox", answer)
@@ -299,5 +299,6 @@ def test_a_session_is_there_again(sit_down) -> None:
     known = re.search(r"last      prompt (\d+) tokens, (\d+) of them known", again.expect("of them known"))
     assert known is not None
     assert used - 1 <= int(known[2]) < int(known[1])
+    again.wait(lambda _: again.at_prompt)
     again.press("C-d")
     assert again.ended() == 0
