@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localmoe.cli import model_argument, options, settings, speed, streams, transcript, units
-from localmoe.cli.answer import Answer, Request, collect, splitter
+from localmoe.cli.answer import Answer, Request, collect
 from localmoe.cli.chat_words import afterword, recap, statistics
 from localmoe.cli.conversation import Conversation
 from localmoe.cli.kept import Kept, turns_to_drop
@@ -207,7 +207,7 @@ class Chat:
             raise UsageError("/file PATH names the file to send along")
         text = fenced(Path(os.path.expanduser(name)))  # noqa: PTH111  (Path's raises for an unknown user)
         self._attached.append(text)
-        _say(f"{name} goes with the next question ({text.count(chr(10)) - 2} lines)")
+        _say(f"{name} goes with the next question ({units.counted(text.count(chr(10)) - 2, 'line')})")
 
     def _set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
@@ -237,7 +237,9 @@ class Chat:
             self._shows_thinking = how == "show"
             _say("thinking stays on the screen" if self._shows_thinking else "thinking is folded to one line")
         elif how in ("off", "on"):
-            splitter(self._engine, self._conversation.asking("?"), how == "on")  # refuses where there is no switch
+            template = self._engine.chat_template
+            if template is not None and not template.switches_thinking:
+                raise UsageError(f"/think {how}: this model's chat template has no switch for thinking")
             self._request = replace(self._request, thinking=how == "on")
             _say(f"thinking is {how} from the next answer on")
         else:
