@@ -6,7 +6,6 @@ its parameters; for Typer their fields stand in their place.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -19,31 +18,28 @@ from localmoe.cli.answer import Request
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, each of whose groups Typer sees as the group's options, in that place and order."""
     hints = get_type_hints(command, include_extras=True)
-    flat, groups = [], {}
+    flat: list[tuple[str, Any, Any]] = []  # name, default, type
+    groups: dict[str, Any] = {}
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if is_dataclass(kind) and isinstance(kind, type):
+        if is_dataclass(kind):
             groups[parameter.name] = kind
             inner = get_type_hints(kind, include_extras=True)
             flat += [(field.name, field.default, inner[field.name]) for field in fields(kind)]
         else:
             flat.append((parameter.name, parameter.default, kind))
 
-    @functools.wraps(command)
     def called(**given: Any) -> None:
-        made = {
-            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)}) for name, kind in groups.items()
-        }
+        made = {}
+        for name, kind in groups.items():
+            made[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
         command(**given, **made)
 
-    del called.__wrapped__  # type: ignore[attr-defined]  # Typer would look through to the groups
-    called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
-            for name, value, kind in flat
-        ]
-    )
-    called.__annotations__ = {name: kind for name, _, kind in flat} | {"return": None}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, keyword, default=value, annotation=kind) for name, value, kind in flat]
+    called.__dict__["__signature__"] = inspect.Signature(parameters)
+    called.__annotations__ = {name: kind for name, _, kind in flat}
+    called.__name__, called.__doc__, called.__module__ = command.__name__, command.__doc__, command.__module__
     return called
 
 
