@@ -18,7 +18,7 @@ class Pair:
     right: Annotated[str | None, typer.Option("--right")] = None
 
 
-CALLS: list[tuple[object, ...]] = []
+calls: list[tuple[object, ...]] = []
 
 
 @grouped
@@ -31,7 +31,7 @@ def ask(
     last: Annotated[int, typer.Option("--last")] = 9,
 ) -> None:
     """Ask."""
-    CALLS.append((word, pair, first, on.machine(), last))
+    calls.append((word, pair, first, on.machine(), last))
 
 
 def test_what_typer_sees_and_what_the_command_gets() -> None:
@@ -42,7 +42,7 @@ def test_what_typer_sees_and_what_the_command_gets() -> None:
     assert names[:4] == ["word", "left", "right", "first"]
     assert names[-3:] == ["mtp", "deterministic", "last"]
     assert made.help == "Ask."
-    CALLS.clear()
+    calls.clear()
     assert CliRunner().invoke(app, ["w"]).exit_code == 0
     typed = [
         "w",
@@ -61,7 +61,7 @@ def test_what_typer_sees_and_what_the_command_gets() -> None:
         "0",
     ]
     assert CliRunner().invoke(app, typed).exit_code == 0
-    assert CALLS == [
+    assert calls == [
         ("w", Pair(), False, Machine(), 9),
         ("w", Pair(5, "r"), True, Machine(context=7, vram=1 << 30, mtp=None), 0),
     ]
