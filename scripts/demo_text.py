@@ -81,10 +81,11 @@ def train_tokenizer(stories: Sequence[Story], size: int) -> Tokenizer:
 # Conversations. Subjects are nouns that the story often names and others seldom do.
 
 _NOUN = re.compile(r"\b(a|an|the|his|her|their|my|your|this|that) ([a-z]{3,14})\b( [a-z]+)?")
-_FOLLOWING = frozenset(
-    "and or but of in on at to for with from by was is were had has said came went who that which as when then so "
-    "into over under did would could will can again looked began up down ran sat".split()
-)
+_FOLLOWING = frozenset((
+    "and", "or", "but", "of", "in", "on", "at", "to", "for", "with", "from", "by", "was", "is", "were", "had", "has",
+    "said", "came", "went", "who", "that", "which", "as", "when", "then", "so", "into", "over", "under", "did",
+    "would", "could", "will", "can", "again", "looked", "began", "up", "down", "ran", "sat",
+))  # fmt: skip
 
 
 class Subjects:

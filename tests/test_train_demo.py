@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 8, "n_group": 4, "num_experts_per_tok": 3,
     "trained_context": 32, "context": 128,
 }  # fmt: skip
-WORDS = "goat drum river king boat tree child bird stone song".split()
+WORDS = ["goat", "drum", "river", "king", "boat", "tree", "child", "bird", "stone", "song"]
 
 
 @pytest.fixture(scope="module", autouse=True)
