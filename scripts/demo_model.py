@@ -183,8 +183,7 @@ class Experts(nn.Module):
         chosen, weights = self.route(x)
         by_expert = chosen.flatten().argsort(stable=True)  # pairs of token and expert, expert by expert
         counts = torch.bincount(chosen.flatten(), minlength=len(self.load))
-        if self.training:
-            self.load += counts
+        self.load += counts
         token = by_expert // chosen.shape[1]
         parts = x[token].split(counts.tolist())
         out = torch.cat([swiglu(part, self.gate_up[e], self.down_proj[e]) for e, part in enumerate(parts)])

@@ -266,5 +266,10 @@ def held_out(stories: Sequence[Story], kind: str) -> list[Story]:
 def windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
     """The tokens of a text in runs of `length`, each after a <｜begin▁of▁sentence｜> of its own."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    starts = [*range(0, len(ids), length), len(ids)]
-    return [[tokenizer.token_to_id(BEGIN), *ids[start:end]] for start, end in pairwise(starts)]
+    return windows_of([tokenizer.token_to_id(BEGIN), *ids], length)
+
+
+def windows_of(ids: Sequence[int], length: int) -> list[list[int]]:
+    """The same of a text's tokens with its <｜begin▁of▁sentence｜>."""
+    starts = [*range(1, len(ids), length), len(ids)]
+    return [[ids[0], *ids[start:end]] for start, end in pairwise(starts)]

@@ -250,9 +250,30 @@ def test_a_stopped_training_ends_as_one_that_was_not(stories: list[Any], tmp_pat
                     training.take_step()
                 training.save()
         made.append({key: value.clone() for key, value in training.model.state_dict().items()})
+    finish(train, training, shape)
     assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
     wrong = subprocess.run(
         [sys.executable, SCRIPTS / "train_demo", tmp_path / "none.xz", tmp_path / "out"],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert wrong.returncode != 0
+
+
+def finish(train: ModuleType, training: Any, shape: Any) -> None:
+    """Measures, exports and describes what was trained."""
+    text = training.out / "eval.txt"
+    text.write_text("Once there was a goat and a drum.\n" * 40, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Shape", lambda: shape)
+        patch.setattr(train, "STAGES", (dataclasses.replace(train.STAGES[-1]),))
+        train.write_line(training.out, {"step": 2, "bits_per_character": training.check()})
+        train.export(training.model, training.tokenizer, training.out / "model")
+        figures = train.measured(training, text)
+        train.write_line(training.out, figures)
+        train.write_card(training.out)
+    written = (training.out / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"{figures['eval']:.3f}, in windows of 512 tokens" in written
+    assert len(figures["eval_uneven"]) == shape.num_hidden_layers - shape.first_k_dense_replace
+    assert all(1 <= value <= shape.n_routed_experts for value in figures["eval_uneven"])
+    assert all(float(layer.load.sum()) == 0 for layer in training.model.experts())
+    assert written.count("**Tell me a story about a goat and a drum.**") == 2
