@@ -18,6 +18,7 @@ from localmoe.errors import (
     TemplateError,
     UsageError,
 )
+from localmoe.draft_length import DraftLength, FixedLength, MeasuredLength
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.fingerprint import fingerprint
 from localmoe.formats.safetensors import TensorInfo
@@ -31,8 +32,8 @@ from localmoe.offload.plan import Placement
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.session_file import restore, write
-from localmoe.sessions import Facts, read_facts
-from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
+from localmoe.sessions import Facts
+from localmoe.speculative import MOST_DRAFTS, Drafter, LookupDrafter, MtpDrafter
 from localmoe.text import THINKING_END, ChatTemplate, Message, ThinkingSplitter, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from localmoe.model.card.model import CardModel
 
 Prompt = str | Sequence[int] | Sequence[Message]
+
+_MOST_CHAINED = 3
+"""Guesses of an MTP layer that are worth trying: it was trained for the first, and each costs a pass of it."""
 
 
 class Engine:
@@ -110,9 +114,11 @@ class Engine:
 
     def speculate(self, layer: MtpLayer | None, drafts: int | None) -> None:
         """Guess tokens from now on, with an MTP layer or from what the text repeats; see `load` for `drafts`."""
-        most = drafts if drafts is not None else 3 if layer is not None else MOST_DRAFTS
         self._mtp, self._cached = layer, None
-        self._lengths = DraftLength(most, fixed=drafts is not None)
+        if drafts is None:
+            self._lengths = MeasuredLength(_MOST_CHAINED if layer is not None else MOST_DRAFTS)
+        else:
+            self._lengths = FixedLength(drafts)
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Float32 logits [T, V] of one sequence of T tokens, from an empty cache.
@@ -242,20 +248,19 @@ class Engine:
     def open_session(self, path: Path, *, model: str = "this model") -> Facts:
         """Read what `save_session` wrote: the next call with `reuse_prefix` goes on from there.
 
-        A session that was kept without the MTP layer's rows is guessed on by what its text repeats. `model` is what
-        messages call this one. Raises SessionError, ContextOverflowError, StorageError; on the CPU the engine goes on
+        An MTP layer goes on from its own rows, or, where the session was kept without them, from what comes next. `model`
+        is what messages call this one. Raises SessionError, ContextOverflowError, StorageError; on the CPU the engine goes on
         as before then.
         """
-        has_rows = read_facts(path).draft_tokens > 0
         before, self._cached = self._cached if self.placement is None else None, None  # a card holds one cache
         try:
-            cached = self._new_cache(mtp=has_rows)
-            facts = restore(path, cached, self.fingerprint, self.cache_dtype, model).facts
+            cached = self._new_cache()
+            restored = restore(path, cached, self.fingerprint, self.cache_dtype, model)
         except BaseException:
             self._cached = before
             raise
         self._cached = cached
-        return facts
+        return restored.facts
 
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
@@ -287,10 +292,10 @@ class Engine:
         if self.placement is not None:
             self._cached = None
 
-    def _new_cache(self, *, mtp: bool = True) -> CachedTokens:
+    def _new_cache(self) -> CachedTokens:
         capacity, dtype = self.max_context, self.kernels.cache_dtype
         drafter: Drafter | None = None
-        if self._mtp is not None and mtp:
+        if self._mtp is not None:
             drafter = MtpDrafter(self._mtp, self._mtp.cache(capacity, dtype))
         elif self._lengths is not None:
             drafter = LookupDrafter()
