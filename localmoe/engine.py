@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from localmoe.draft_length import DraftLength, FixedLength, MeasuredLength
 from localmoe.errors import (
     CheckpointError,
     ContextOverflowError,
     TemplateError,
     UsageError,
 )
-from localmoe.draft_length import DraftLength, FixedLength, MeasuredLength
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.fingerprint import fingerprint
 from localmoe.formats.safetensors import TensorInfo
@@ -248,9 +248,9 @@ class Engine:
     def open_session(self, path: Path, *, model: str = "this model") -> Facts:
         """Read what `save_session` wrote: the next call with `reuse_prefix` goes on from there.
 
-        An MTP layer goes on from its own rows, or, where the session was kept without them, from what comes next. `model`
-        is what messages call this one. Raises SessionError, ContextOverflowError, StorageError; on the CPU the engine goes on
-        as before then.
+        An MTP layer goes on from its own rows, or, where the session was kept without them, from what comes next.
+        `model` is what messages call this one. Raises SessionError, ContextOverflowError, StorageError; on the CPU the
+        engine goes on as before then.
         """
         before, self._cached = self._cached if self.placement is None else None, None  # a card holds one cache
         try:

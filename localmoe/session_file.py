@@ -2,8 +2,8 @@
 
 token_ids        I32 [T]
 latents.I        [T, width]   layer I's rows as the cache holds them: BF16, F32, or U8 (an int8 cache's bytes)
-mtp.latents      [t, width]   the MTP layer's, where it was running, of the last tokens but s: all, or those since it ran
-mtp.state        F32 [s, H]   and the state that it waits with, of the last token, or none
+mtp.latents      [t, width]   the MTP layer's, where it was running: of the tokens since it was, but for the last s
+mtp.state        F32 [s, H]   the state that it waits with, of the last token; or none
 expert_heat      F32 [layers, experts], where something counted it
 checksum         U8 [32]      SHA-256 of the file's header and every other tensor's SHA-256, in the file's order
 __metadata__     `localmoe.sessions.Facts`
