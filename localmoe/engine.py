@@ -63,6 +63,8 @@ class Engine:
         self._closing = closing  # called once
         self.expert_uses: Callable[[], Tensor | None] = lambda: None
         """How often each expert fired since the model was opened, [L, E], where it is counted: on a card."""
+        self.expect_uses: Callable[[Tensor], None] = lambda uses: None
+        """Place experts as if they had just been used so, [L, E], where places change."""
         self.config: ModelConfig = model.config
         self.path: Path = checkpoint.directory
         self.kernels = kernels
@@ -72,6 +74,7 @@ class Engine:
         self._cached: CachedTokens | None = None  # what `reuse_prefix` goes on from
         self._mtp: MtpLayer | None = None
         self._lengths: DraftLength | None = None
+        self._session_heat: Tensor | None = None  # what the opened session counted, before this run
 
     def __enter__(self) -> Self:
         return self
@@ -243,14 +246,16 @@ class Engine:
         Atomic: see `localmoe.session_file`. Raises StorageError; nothing in memory is lost then.
         """
         known = replace(facts, model_hash=self.fingerprint, cache_dtype=self.cache_dtype)
-        return write(path, known, self._cache_for(reuse_prefix=True), self.expert_uses())
+        uses, before = self.expert_uses(), self._session_heat
+        heat = uses if before is None else before if uses is None else before + uses
+        return write(path, known, self._cache_for(reuse_prefix=True), heat)
 
     def open_session(self, path: Path, *, model: str = "this model") -> Facts:
         """Read what `save_session` wrote: the next call with `reuse_prefix` goes on from there.
 
-        An MTP layer goes on from its own rows, or, where the session was kept without them, from what comes next.
-        `model` is what messages call this one. Raises SessionError, ContextOverflowError, StorageError; on the CPU the
-        engine goes on as before then.
+        An MTP layer goes on from its own rows, or, where the session was kept without them, from what comes next. The
+        experts that the session used get places on a card. `model` is what messages call this one. Raises SessionError,
+        ContextOverflowError, StorageError; on the CPU the engine goes on as before then.
         """
         before, self._cached = self._cached if self.placement is None else None, None  # a card holds one cache
         try:
@@ -260,6 +265,11 @@ class Engine:
             self._cached = before
             raise
         self._cached = cached
+        heat, shape = restored.expert_heat, (self.config.num_hidden_layers, self.config.n_routed_experts)
+        usable = heat is not None and heat.shape == shape and bool((heat.isfinite() & (heat >= 0)).all())
+        self._session_heat = heat if usable else None
+        if self._session_heat is not None:
+            self.expect_uses(self._session_heat)
         return restored.facts
 
     def close(self) -> None:
@@ -267,7 +277,7 @@ class Engine:
         if self._model is not None:
             self._closing()
         self._closing = lambda: None  # it holds what is on the card
-        self.expert_uses = lambda: None
+        self.expert_uses, self.expect_uses = lambda: None, lambda uses: None
         self._model = self._mtp = None
         self._cached = None
         self._checkpoint.close()
