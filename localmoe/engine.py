@@ -183,15 +183,15 @@ class Engine:
     ) -> Generator[Step]:
         """Answer or continue `prompt` (see `prompt_ids`), one Step a token.
 
-        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what
-        the settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens.
-        The same seed gives the same text, on the same kernels. `reuse_prefix` goes on from what the last such call
-        left in the cache, so that a chat's next turn computes only what is new. At most one of `schema` (JSON schema),
-        `grammar` and `choice` says what the answer, after any thinking, has to be: see `localmoe.grammar`.
-        Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
-        answer, UsageError for a setting out of range, and what `prompt_ids` raises.
+        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what the
+        settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens. The same
+        seed gives the same text, on the same kernels. `reuse_prefix` goes on from what such calls left in the cache, so
+        that a chat's next turn computes only what is new. At most one of `schema` (JSON schema), `grammar` and `choice`
+        says what the answer, after any thinking, has to be: see `localmoe.grammar`. Raises at the call UsageError for a
+        setting out of range, ContextOverflowError for a prompt that leaves no room, and what `prompt_ids` raises.
         """
         model = self.model
+        self._check_bias(logit_bias or {})
         settings = Settings(
             max_tokens=max_tokens,
             sampling=SamplingParams(
@@ -210,9 +210,6 @@ class Engine:
             grammar=(held_to := self._grammar(schema, grammar, choice)),
             grammar_after=THINKING_END if held_to is not None and self._begins_thinking(prompt, thinking) else "",
         )
-        for token_id in logit_bias or ():
-            if token_id >= self.config.vocab_size:
-                raise UsageError(f"logit_bias: {token_id} is outside the vocabulary of {self.config.vocab_size}")
         ids = self.prompt_ids(prompt, thinking=thinking, add_bos=add_bos)
         return generate(
             model,
@@ -322,6 +319,11 @@ class Engine:
     @property
     def _has_tokenizer(self) -> bool:
         return (self.path / "tokenizer.json").is_file()
+
+    def _check_bias(self, logit_bias: Mapping[int, float]) -> None:
+        for token_id in logit_bias:
+            if token_id >= self.config.vocab_size:
+                raise UsageError(f"logit_bias: {token_id} is outside the vocabulary of {self.config.vocab_size}")
 
     def _grammar(
         self, schema: str | Mapping[str, Any] | None, grammar: str | None, choice: Sequence[str]
