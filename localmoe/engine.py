@@ -191,7 +191,6 @@ class Engine:
         setting out of range, ContextOverflowError for a prompt that leaves no room, and what `prompt_ids` raises.
         """
         model = self.model
-        self._check_bias(logit_bias or {})
         settings = Settings(
             max_tokens=max_tokens,
             sampling=SamplingParams(
@@ -210,6 +209,7 @@ class Engine:
             grammar=(held_to := self._grammar(schema, grammar, choice)),
             grammar_after=THINKING_END if held_to is not None and self._begins_thinking(prompt, thinking) else "",
         )
+        self._check_bias(logit_bias or {})
         ids = self.prompt_ids(prompt, thinking=thinking, add_bos=add_bos)
         return generate(
             model,
