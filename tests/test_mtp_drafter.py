@@ -118,7 +118,7 @@ def test_any_walk_has_the_right_rows() -> None:
     cached = new()
     texts = [[dice.randrange(VOCABULARY) for _ in range(60)]]
     for _ in range(300):
-        text = dice.choice(texts) if dice.random() < 0.7 else list(cached.token_ids) + [dice.randrange(VOCABULARY)]
+        text = dice.choice(texts) if dice.random() < 0.7 else [*cached.token_ids, dice.randrange(VOCABULARY)]
         if dice.random() < 0.6:
             text = text[: dice.randrange(len(text)) + 1] + [
                 dice.randrange(VOCABULARY) for _ in range(dice.randrange(40))
