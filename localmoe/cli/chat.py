@@ -38,7 +38,7 @@ def chat(
     ram: options.Ram = None,
     ctx: options.Context = None,
     cache_dtype: options.CacheDtype = "auto",
-    mtp: options.Mtp = "0",
+    mtp: options.Mtp = "auto",
     deterministic: options.Deterministic = False,
     explain_speed: options.ExplainSpeed = False,
     yes: options.Yes = False,
