@@ -14,7 +14,7 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.quantizers import group_scales
+from quantize.search import searched_scales
 
 DAMPING = 0.01
 """Share of the diagonal's mean that is added to the diagonal, as in GPTQ's own code."""
@@ -45,7 +45,7 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = DAMPI
             column = start + index
             if index % group == 0:
                 part = block[index : index + group].t().contiguous()  # [O, g]
-                found = group_scales(part, scheme, "mse", importance[column : column + group])[0]  # [O, 1]
+                found = searched_scales(part, scheme, importance[column : column + group])  # [O, 1]
                 scale[:, column // group] = found[:, 0]
                 step_size = found[:, 0].float()  # [O]
                 divisor = torch.where(step_size == 0, torch.inf, step_size)

@@ -13,7 +13,8 @@ from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
 from quantize.gptq import gptq, refit
 from quantize.layerwise import Statistics
-from quantize.quantizers import group_scales, ordered_sum, pack_integers
+from quantize.quantizers import ordered_sum, pack_integers
+from quantize.search import rounded
 
 Method = Literal["rtn", "gptq", "auto"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq", "auto")
@@ -49,31 +50,29 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
     """
     form = int4 if scheme.kind == "int4" else int8
     hessian = statistics.hessian
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}  # as they are stored
     enough = reaches(statistics.tokens, weight.shape[1])
     if method != "gptq" or not enough:
-        scale = group_scales(weight, scheme, "mse")[0]
-        found["mse"] = form.quantize(weight, scale, scheme.group_size), scale
+        found["mse"] = rounded(weight, scheme)
         if statistics.tokens:
-            importance = hessian.diagonal() / statistics.tokens
-            scale = group_scales(weight, scheme, "mse", importance)[0]
-            found["weighted"] = form.quantize(weight, scale, scheme.group_size), scale
+            found["weighted"] = rounded(weight, scheme, hessian.diagonal() / statistics.tokens)
     if method != "rtn" and enough:
         q, scale = gptq(weight, hessian, scheme)
-        found["gptq"] = q, refit(weight, q, scale, hessian, scheme)
+        found["gptq"] = pack_integers(q, refit(weight, q, scale, hessian, scheme), scheme)
     differences = {
-        name: weight - form.dequantize(form.pack(q), scale, scheme.group_size) for name, (q, scale) in found.items()
+        name: weight - form.dequantize(parts["weight_packed"], parts["weight_scale"], scheme.group_size)
+        for name, parts in found.items()
     }
     errors = {name: _through(difference, hessian) for name, difference in differences.items()}
     best = min(found, key=lambda name: errors[name])  # the first of equals: the simplest
     norm = _through(weight, hessian)
     return Chosen(
-        parts=pack_integers(*found[best], scheme),
+        parts=found[best],
         method=best,
         tokens=statistics.tokens,
         squared_error=ordered_sum(differences[best].square()),
         squared_norm=ordered_sum(weight.square()),
-        zero_groups=int((found[best][1] == 0).sum()),
+        zero_groups=int((found[best]["weight_scale"] == 0).sum()),
         output_error=float(f"{math.sqrt(max(errors[best], 0.0) / norm):.6g}") if norm > 0 else 0.0,
     )
 

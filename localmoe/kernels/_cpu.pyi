@@ -7,6 +7,23 @@ Array = np.ndarray[Any, Any]
 
 def supported_tiers() -> list[str]: ...
 
+def search_scales(
+    tier: str,
+    bits: int,
+    group: int,
+    baseline: float,
+    guesses: list[float],
+    weights: Array,
+    factors: Array | None,
+    block_rows: int,
+    block_columns: int,
+    importance: Array | None,
+    packed: Array | None,
+    scales: Array,
+    errors: Array,
+    norms: Array,
+) -> None: ...
+
 class Matrix:
     @staticmethod
     def int4(packed: Tensor, scale: Tensor, group: int) -> Matrix: ...
