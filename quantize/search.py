@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,14 @@ def quantize_slab(slab: Slab, scheme: Scheme, grid: Grid) -> Quantized:
         factors=slab.factors if as_stored else None,
         block=slab.block,
     )
-    if not found.norms.isfinite().all():
-        slab.check_finite()  # or else their squares overflow, which the sum of them tells
+    norm = ordered_sum(found.norms)
+    if not math.isfinite(norm):
+        slab.check_finite()  # or else their squares overflow, which the norm tells
     assert found.packed is not None  # it was asked for
     return Quantized(
         parts={"weight_packed": found.packed, "weight_scale": found.scale},
         squared_error=ordered_sum(found.errors),
-        squared_norm=ordered_sum(found.norms),
+        squared_norm=norm,
         zero_groups=int((found.scale == 0).sum()),
     )
 
