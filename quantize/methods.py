@@ -22,6 +22,8 @@ METHODS: tuple[Method, ...] = ("rtn", "gptq", "auto")
 LEAST_TOKENS = 64
 """Fewer tokens than this, or than an eighth of the row, and a Hessian says too little for GPTQ."""
 
+_ROWS, _TILE = 256, 256  # of a matrix, and columns of its Hessian, that are multiplied at a time
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -52,31 +54,45 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
     hessian = statistics.hessian
     found: dict[str, dict[str, Tensor]] = {}  # as they are stored
     enough = reaches(statistics.tokens, weight.shape[1])
+    if method != "rtn" and enough:
+        q, scale = gptq(weight, statistics.factor, scheme)
+        found["gptq"] = pack_integers(q, refit(weight, q, scale, hessian, scheme), scheme)
     if method != "gptq" or not enough:
-        found["mse"] = rounded(weight, scheme)
         if statistics.tokens:
             found["weighted"] = rounded(weight, scheme, hessian.diagonal() / statistics.tokens)
-    if method != "rtn" and enough:
-        q, scale = gptq(weight, hessian, scheme)
-        found["gptq"] = pack_integers(q, refit(weight, q, scale, hessian, scheme), scheme)
-    differences = {
-        name: weight - form.dequantize(parts["weight_packed"], parts["weight_scale"], scheme.group_size)
-        for name, parts in found.items()
-    }
-    errors = {name: _through(difference, hessian) for name, difference in differences.items()}
-    best = min(found, key=lambda name: errors[name])  # the first of equals: the simplest
+        found["mse"] = rounded(weight, scheme)
+    best, least, left = "", math.inf, weight
+    for name, parts in found.items():
+        difference = weight - form.dequantize(parts["weight_packed"], parts["weight_scale"], scheme.group_size)
+        error = _through(difference, hessian, least)
+        if not best or error <= least:  # of equals the simplest
+            best, least, left = name, error, difference
     norm = _through(weight, hessian)
     return Chosen(
         parts=found[best],
         method=best,
         tokens=statistics.tokens,
-        squared_error=ordered_sum(differences[best].square()),
+        squared_error=ordered_sum(left.square()),
         squared_norm=ordered_sum(weight.square()),
         zero_groups=int((found[best]["weight_scale"] == 0).sum()),
-        output_error=float(f"{math.sqrt(max(errors[best], 0.0) / norm):.6g}") if norm > 0 else 0.0,
+        output_error=float(f"{math.sqrt(max(least, 0.0) / norm):.6g}") if norm > 0 else 0.0,
     )
 
 
-def _through(matrix: Tensor, hessian: Tensor) -> float:
-    """tr(M H M^T) = ||X M^T||^2."""
-    return ordered_sum(torch.mm(matrix, hessian).mul_(matrix))
+def _through(matrix: Tensor, hessian: Tensor, enough: float = math.inf) -> float:
+    """tr(M H M^T) = ||X M^T||^2; or, once that is seen to be above `enough`, some number that is.
+
+    H is symmetric, so what is above its diagonal counts twice; and no row takes anything away.
+    """
+    total = 0.0
+    for rows in matrix.split(_ROWS):
+        for start in range(0, len(hessian), _TILE):
+            columns = slice(start, start + _TILE)
+            part = rows[:, columns]
+            product = part @ hessian[columns, columns]
+            if start:
+                product.addmm_(rows[:, :start], hessian[:start, columns], alpha=2)
+            total += ordered_sum(product.mul_(part))
+        if total > enough:
+            break
+    return total

@@ -6,7 +6,6 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 def supported_tiers() -> list[str]: ...
-
 def search_scales(
     tier: str,
     bits: int,
