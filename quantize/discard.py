@@ -2,10 +2,10 @@
 
     headers (HTTP ranges) -> plan -> [pull a shard -> quantize what is in it -> drop it] ... -> shards, card, manifest
 
-The output's shards are those of an ordinary run, byte for byte. To know what was lost, the source is run on the held-out
-text as its shards go by (following.py), for which the shards of one layer and those of the head are held. Calibration,
-which runs a layer more than once, cannot be had. One shard is pulled while the one before is quantized. Killed, the next
-run pulls no shard again whose matrices are all done and whose layers were run.
+The output's shards are those of an ordinary run, byte for byte. To know what was lost, the source is run on the
+held-out text as its shards go by (following.py), for which the shards of one layer and those of the head are held.
+Calibration, which runs a layer more than once, cannot be had. One shard is pulled while the one before is quantized.
+Killed, the next run pulls no shard again whose matrices are all done and whose layers were run.
 """
 
 from __future__ import annotations
@@ -254,15 +254,15 @@ def quantize_from_hub(
         listed = [(file.name, file.size, file.digest) for file in found.weights]
         inputs = [*listed, *sorted((name, record.sha256) for name, record in hashes.items())]
         fingerprint = fingerprint_of(settings, decided, inputs)
-        following = None
+        following, why_not = None, "--no-gate was given"
         if gate is not None:
             states = shards.scratch / STATES_NAME
-            following = follow(checkpoint, found.snapshot, GATE_TEXT.read_text(encoding="utf-8"), states, fingerprint)
-        if following is not None:
-            opened.enter_context(following)
-        why_not = "--no-gate was given" if gate is None else ""
+            text = GATE_TEXT.read_text(encoding="utf-8")
+            following, why_not = follow(checkpoint, found.snapshot, text, states, fingerprint), ""
         if not _has_space(output, decided, shards, checkpoint, following, optional=gate is None or gate.limit is None):
             following, why_not = None, "the disk does not hold a layer of the source beside the output"
+        if following is not None:
+            opened.enter_context(following)
         writer = opened.enter_context(CheckpointWriter.open(output, settings, fingerprint, decided.units))
         shards.scratch.mkdir(exist_ok=True)
         left = [job for job in decided.reading_order if job.unit.name not in writer.records]
@@ -326,7 +326,8 @@ def _has_space(
 
     def under_way(followed: Following | None) -> int:
         uses = uses_of(decided.reading_order, checkpoint, followed)
-        return peak_bytes([use.files for use in uses], sizes)
+        states = 2 * followed.states_bytes if followed is not None else 0  # the new ones are written beside the old
+        return peak_bytes([use.files for use in uses], sizes) + states
 
     needed = made + under_way(following)
     if free + here >= needed:

@@ -2,9 +2,9 @@
 
     embedding -> layer 0 -> layer 1 -> ... -> (norm and head, at the end)
 
-So `--discard-source` can measure the divergence from a source that is never here whole: it holds the shards of one layer
-until that layer has been run. What is between two layers is kept in a file, so that a run that goes on after a kill
-pulls no layer again that was run.
+So `--discard-source` can measure the divergence from a source that is never here whole: it holds the shards of one
+layer until that layer has been run. What is between two layers is kept in a file, so that a run that goes on after a
+kill pulls no layer again that was run.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ class Following:
     def steps(self) -> range:
         """Those that are left."""
         return range(self.done, self._config.num_hidden_layers + 1)
+
+    @property
+    def states_bytes(self) -> int:
+        """The size of the file, but for its header."""
+        return 4 * sum(map(len, self.windows)) * self._config.hidden_size
 
     def files(self, step: int) -> tuple[str, ...]:
         """Names of the shards that a step reads."""

@@ -36,7 +36,7 @@ from localmoe.model.rope import Rope
 from quantize.gptq import inverse_factor
 
 _ROWS = 4096  # of an MLP's inputs that are in work at a time
-_KEPT = 1 << 24  # numbers between an MLP's matrices that are kept rather than computed twice
+_KEPT = 1 << 25  # numbers between an MLP's matrices that are kept rather than computed twice
 _TILE = 256  # columns of a second moment that are computed at a time
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _Item = TypeVar("_Item")
@@ -206,14 +206,14 @@ class LayerByLayer:
         made = []
         outer = [name for name in names[:2] if name in self.wanted]
         if outer:
-            statistics = Statistics(len(y), _moment(blocks))
+            statistics = Statistics(len(y), second_moment(blocks))
             made += [(name, consume(name, statistics)) for name in outer]
         gate, up = (self._source.weight(name).tensor for name in names[:2])
         inner: Iterable[Tensor] = _Between(blocks, gate, up)
         if names[2] in self.wanted:
             if len(y) * len(gate) <= _KEPT:
                 inner = list(inner)
-            made.append((names[2], consume(names[2], Statistics(len(y), _moment(inner)))))
+            made.append((names[2], consume(names[2], Statistics(len(y), second_moment(inner)))))
         down = self._source.weight(names[2]).tensor
         return torch.cat([rows @ down.T for rows in inner]), made
 
@@ -242,7 +242,7 @@ class _Between:
             yield F.silu(rows @ self.gate.T) * (rows @ self.up.T)
 
 
-def _moment(blocks: Iterable[Tensor]) -> Tensor:
+def second_moment(blocks: Iterable[Tensor]) -> Tensor:
     """x^T x of all rows of `blocks`, float32; it is symmetric, so only its upper half is computed."""
     moment: Tensor | None = None
     for rows in blocks:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from localmoe.formats import int4, int8
@@ -64,10 +63,10 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
     best, least, left = "", math.inf, weight
     for name, parts in found.items():
         difference = weight - form.dequantize(parts["weight_packed"], parts["weight_scale"], scheme.group_size)
-        error = _through(difference, hessian, least)
+        error = error_through(difference, hessian, least)
         if not best or error <= least:  # of equals the simplest
             best, least, left = name, error, difference
-    norm = _through(weight, hessian)
+    norm = error_through(weight, hessian)
     return Chosen(
         parts=found[best],
         method=best,
@@ -79,7 +78,7 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
     )
 
 
-def _through(matrix: Tensor, hessian: Tensor, enough: float = math.inf) -> float:
+def error_through(matrix: Tensor, hessian: Tensor, enough: float = math.inf) -> float:
     """tr(M H M^T) = ||X M^T||^2; or, once that is seen to be above `enough`, some number that is.
 
     H is symmetric, so what is above its diagonal counts twice; and no row takes anything away.

@@ -182,7 +182,7 @@ def _check_agreement(jobs: Iterable[Job], config: QuantizationConfig) -> None:
 
 
 def _undivided(infos: Iterable[TensorInfo], recipe: Recipe, group_size: int) -> list[str]:
-    """Notes on matrices that the recipe means to quantize and that the group does not divide, or other engines' tiles."""
+    """Notes on matrices that the recipe quantizes, but whose rows the group or other engines' tiles do not divide."""
     counts: Counter[tuple[str, int, str]] = Counter()
     for info in infos:
         module = info.name.removesuffix(".weight")

@@ -11,8 +11,8 @@ does: the grid has one more step on that side. w = q * scale is all that any rea
 so a negative scale is as good as a positive one; on the demo's experts it lowers the error by 6 %.
 
 Scales depend on the weights only, not on the number of threads nor on how rows are cut into chunks: nothing
-but elementwise operations, and sums in a fixed order. So the C++ search (`quantize.search`), which does the work, can be
-held to the same bits; the integer grids here are its reference.
+but elementwise operations, and sums in a fixed order. So the C++ search (`quantize.search`), which does the work, can
+be held to the same bits; what is here is its reference.
 """
 
 from __future__ import annotations

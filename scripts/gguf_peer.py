@@ -4,9 +4,9 @@
     pip install gguf numpy llama-cpp-python
     python gguf_peer.py SCRATCH
 
-SCRATCH holds what kld_curve wrote: config.json, tokens.json (windows of token ids) and weights/NAME.npy, float32. Writes
-a GGUF file in float32, has llama.cpp quantize it, and writes SCRATCH/NAME.logits.npy, float32 [tokens, vocabulary] of all
-windows, for each kind of number. Prints one JSON object: by kind, the bytes of its tensors.
+SCRATCH holds what kld_curve wrote: config.json, tokens.json (windows of token ids) and weights/NAME.npy, float32.
+Writes a GGUF file in float32, has llama.cpp quantize it, and writes SCRATCH/NAME.logits.npy, float32 [tokens,
+vocabulary] of all windows, for each kind of number. Prints one JSON object: by kind, the bytes of its tensors.
 
 The names and shapes are those of llama.cpp's convert_hf_to_gguf.py for DeepseekV2ForCausalLM and DeepseekV3ForCausalLM;
 what that converter would need and this does not do (YaRN, a query without q_lora outside V2-Lite) is refused.
