@@ -247,6 +247,7 @@ def quantize_from_hub(
         if manifest is not None and _same_source(manifest, hashes, shards):
             if gate is not None:
                 gate.check(manifest.measured, output)
+            _clean(shards)
             return Report(output, manifest, True, sum(file.size for file in found.weights), 0)
     checkpoint = check_source(Checkpoint(found.snapshot, config, shards.tensors()))
     with RemoteReader(checkpoint, shards) as reader, contextlib.ExitStack() as opened:
@@ -278,10 +279,15 @@ def quantize_from_hub(
             gate.check(measured, output)
         source = source_of(found.snapshot, hashes | _shard_hashes(shards, writer))
         facts = with_loss(manifest_of(settings, decided, source, writer), measured, why_not)
-        (shards.scratch / STATES_NAME).unlink(missing_ok=True)
-        shards.clean()
         manifest = finish(writer, decided, facts, carried, meter)
+        _clean(shards)  # not before: a kill would cost the source's whole run
     return Report(output, manifest, False, sum(job.source.nbytes for job in decided.jobs), resumed)
+
+
+def _clean(shards: RemoteShards) -> None:
+    """Delete what is left of the source, and its directory."""
+    (shards.scratch / STATES_NAME).unlink(missing_ok=True)
+    shards.clean()
 
 
 def _shard_hashes(shards: RemoteShards, writer: CheckpointWriter) -> dict[str, FileRecord]:

@@ -94,11 +94,6 @@ class Following:
         """After the last step: float32 [T, V] of each window."""
         yield from self._opened().logits()
 
-    def forget(self) -> None:
-        """Delete the file."""
-        with storage_errors(self._place):
-            self._place.unlink(missing_ok=True)
-
     def _opened(self) -> LayerByLayer:
         if self._model is None:
             self._model = LayerByLayer(self._checkpoint, self.windows, self._pool, states=self._states)
