@@ -108,8 +108,11 @@ class Use:
 def uses_of(jobs: Iterable[Job], checkpoint: Checkpoint, following: Following | None) -> list[Use]:
     """All that reads shards, in order: a step comes as soon as the jobs have brought its shards, those that come before
     theirs included."""
-    steps = deque((step, following.files(step)) for step in following.steps) if following is not None else deque()
-    uses, here = [], set[str]()
+    steps: deque[tuple[int, tuple[str, ...]]] = deque()
+    if following is not None:
+        steps.extend((step, following.files(step)) for step in following.steps)
+    uses: list[Use] = []
+    here: set[str] = set()
     for job in jobs:
         files = files_of(job, checkpoint)
         here.update(files)
