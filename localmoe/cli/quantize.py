@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -83,10 +83,15 @@ def quantize(
         bool,
         typer.Option(
             "--discard-source",
-            help="Pull a shard, quantize it, drop it: for a disk that does not hold the source. Takes no calibration, "
-            "and measures no loss but the perplexity.",
+            help="Pull a shard, quantize it, drop it: for a disk that does not hold the source. Takes no calibration.",
         ),
     ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            "--revision", metavar="R", help="With --discard-source: a branch, tag or commit.  [default: main]"
+        ),
+    ] = None,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not measure what was lost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
@@ -106,12 +111,15 @@ def quantize(
     rounding = _method(method, calibrate is not None)
     text = prompt.read_file(calibrate) if calibrate is not None else None
     if discard_source:
-        if rounding != "rtn" or text is not None or gate is not None or round_scales:
+        if rounding != "rtn" or text is not None or round_scales:
             raise UsageError(
-                "--discard-source never has the whole source: leave out --method, --calibrate, --gate, --round-scales"
+                "--discard-source never has the whole source: leave out --method, --calibrate, --round-scales"
             )
-        _discarding(ref, _recipe(ref, recipe, None), output, group_size, checked, not no_gate, as_json)
+        wanted = _Remote(ref, _recipe(ref, recipe, None), revision)
+        _discarding(wanted, output, group_size, checked, measure=not no_gate, limit=gate, as_json=as_json)
         return
+    if revision is not None:
+        raise UsageError("--revision goes with --discard-source; `localmoe pull --revision` chooses it before")
     source = _source(ref)
     chosen = _recipe(ref, recipe, source)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
@@ -181,27 +189,45 @@ def packed_by_others(source: Path) -> bool:
     return form_of(read_json_object(source / "config.json")) is not None
 
 
+@dataclass(frozen=True)
+class _Remote:
+    """What is to be quantized from the hub, into what."""
+
+    ref: ModelRef
+    recipe: str
+    revision: str | None
+
+
 def _discarding(
-    ref: ModelRef,
-    recipe: str,
+    wanted: _Remote,
     output: Path | None,
     group_size: int,
     grid: Literal["mse", "absmax"],
-    gate: bool,
+    *,
+    measure: bool,
+    limit: float | None,
     as_json: bool,
 ) -> None:
     """Quantize shard by shard from the hub, with a progress bar. Ctrl-C loses nothing but a shard's rest."""
     from localmoe.cli.render import progress_bar
     from localmoe.hub.download import pull_without_weights
 
+    ref, recipe = wanted.ref, wanted.recipe
     target = output if output is not None else store.artifact_dir(ref.name, recipe)
-    found = pull_without_weights(ref)
+    found = pull_without_weights(ref, revision=wanted.revision)
     try:
         with progress_bar("quantize") as advance:
             from quantize.discard import quantize_from_hub
+            from quantize.gate import Gate
 
             report = quantize_from_hub(
-                found, target, recipe, group_size=group_size, grid=grid, gate=gate, progress=_told(advance)
+                found,
+                target,
+                recipe,
+                group_size=group_size,
+                grid=grid,
+                gate=Gate(limit) if measure else None,
+                progress=_told(advance),
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None

@@ -113,5 +113,6 @@ def _explained(engine: Engine, sample: Sample) -> Explanation:
     from localmoe.explain import explain_engine
     from quantize.recipes import recipe_named
 
-    recipes = {name: recipe_named(name).quantization_config(group_size=32) for name in _ADVISED}
+    shape = {"intermediate_size": engine.config.intermediate_size}
+    recipes = {name: recipe_named(name).for_model(shape).quantization_config(group_size=32) for name in _ADVISED}
     return explain_engine(engine, sample, store.home(), recipes)

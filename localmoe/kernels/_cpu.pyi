@@ -6,6 +6,22 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 def supported_tiers() -> list[str]: ...
+def search_scales(
+    tier: str,
+    bits: int,
+    group: int,
+    baseline: float,
+    guesses: list[float],
+    weights: Array,
+    factors: Array | None,
+    block_rows: int,
+    block_columns: int,
+    importance: Array | None,
+    packed: Array | None,
+    scales: Array,
+    errors: Array,
+    norms: Array,
+) -> None: ...
 
 class Matrix:
     @staticmethod

@@ -23,6 +23,9 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace localmoe {
+
+void bind_scales(nb::module_&);  // scales.cpp
+
 namespace {
 
 // A tier, a team of threads and their memory. One call at a time: others wait.
@@ -285,6 +288,7 @@ NB_MODULE(_cpu, m) {
     for (const Tier* tier : supported_tiers()) names.emplace_back(tier->name);
     return names;
   });
+  bind_scales(m);
   nb::class_<OwnedMatrix>(m, "Matrix")
       .def_static("int4", [](const Rows<int32_t>& packed, const Rows<bfloat16>& scale, int64_t group) {
         return OwnedMatrix::integers(Form::kInt4, packed, scale, group);
