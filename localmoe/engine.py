@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from localmoe.draft_length import DraftLength, FixedLength, MeasuredLength
 from localmoe.errors import (
     CheckpointError,
     ContextOverflowError,
@@ -30,8 +31,8 @@ from localmoe.offload.hits import rates
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.session_file import restore, write
-from localmoe.sessions import Facts, read_facts
-from localmoe.speculative import MOST_DRAFTS, Drafter, DraftLength, LookupDrafter, MtpDrafter
+from localmoe.sessions import Facts
+from localmoe.speculative import MOST_DRAFTS, Drafter, LookupDrafter, MtpDrafter
 from localmoe.text import THINKING_END, ChatTemplate, Message, ThinkingSplitter, Tokenizer, end_token_ids
 from localmoe.text.files import read_json_object
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from localmoe.offload.plan import Placement
 
 Prompt = str | Sequence[int] | Sequence[Message]
+
+_MOST_CHAINED = 3
+"""Guesses of an MTP layer that are worth trying: it was trained for the first, and each costs a pass of it."""
 
 
 class Engine:
@@ -61,6 +65,8 @@ class Engine:
         """How often each expert fired since the model was opened, [L, E], where it is counted: on a card."""
         self.expert_hits: Callable[[], Tensor | None] = lambda: None
         """How many of them found their expert on the card, and how many there were, [L, 2]; between passes."""
+        self.expect_uses: Callable[[Tensor], None] = lambda uses: None
+        """Place experts as if they had just been used so, [L, E], where places change."""
         self.config: ModelConfig = model.config
         self.path: Path = checkpoint.directory
         self.kernels = kernels
@@ -70,6 +76,7 @@ class Engine:
         self._cached: CachedTokens | None = None  # what `reuse_prefix` goes on from
         self._mtp: MtpLayer | None = None
         self._lengths: DraftLength | None = None
+        self._session_heat: Tensor | None = None  # what the opened session counted, before this run
 
     def __enter__(self) -> Self:
         return self
@@ -112,9 +119,11 @@ class Engine:
 
     def speculate(self, layer: MtpLayer | None, drafts: int | None) -> None:
         """Guess tokens from now on, with an MTP layer or from what the text repeats; see `load` for `drafts`."""
-        most = drafts if drafts is not None else 3 if layer is not None else MOST_DRAFTS
         self._mtp, self._cached = layer, None
-        self._lengths = DraftLength(most, fixed=drafts is not None)
+        if drafts is None:
+            self._lengths = MeasuredLength(_MOST_CHAINED if layer is not None else MOST_DRAFTS)
+        else:
+            self._lengths = FixedLength(drafts)
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Float32 logits [T, V] of one sequence of T tokens, from an empty cache.
@@ -176,13 +185,12 @@ class Engine:
     ) -> Generator[Step]:
         """Answer or continue `prompt` (see `prompt_ids`), one Step a token.
 
-        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what
-        the settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens.
-        The same seed gives the same text, on the same kernels. `reuse_prefix` goes on from what the last such call
-        left in the cache, so that a chat's next turn computes only what is new. At most one of `schema` (JSON schema),
-        `grammar` and `choice` says what the answer, after any thinking, has to be: see `localmoe.grammar`.
-        Raises at the call, before any work, ContextOverflowError for a prompt that leaves no room for an
-        answer, UsageError for a setting out of range, and what `prompt_ids` raises.
+        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what the
+        settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens. The same
+        seed gives the same text, on the same kernels. `reuse_prefix` goes on from what such calls left in the cache, so
+        that a chat's next turn computes only what is new. At most one of `schema` (JSON schema), `grammar` and `choice`
+        says what the answer, after any thinking, has to be: see `localmoe.grammar`. Raises at the call UsageError for a
+        setting out of range, ContextOverflowError for a prompt that leaves no room, and what `prompt_ids` raises.
         """
         model = self.model
         settings = Settings(
@@ -203,9 +211,7 @@ class Engine:
             grammar=(held_to := self._grammar(schema, grammar, choice)),
             grammar_after=THINKING_END if held_to is not None and self._begins_thinking(prompt, thinking) else "",
         )
-        for token_id in logit_bias or ():
-            if token_id >= self.config.vocab_size:
-                raise UsageError(f"logit_bias: {token_id} is outside the vocabulary of {self.config.vocab_size}")
+        self._check_bias(logit_bias or {})
         ids = self.prompt_ids(prompt, thinking=thinking, add_bos=add_bos)
         return generate(
             model,
@@ -251,32 +257,39 @@ class Engine:
         Atomic: see `localmoe.session_file`. Raises StorageError; nothing in memory is lost then.
         """
         known = replace(facts, model_hash=self.fingerprint, cache_dtype=self.cache_dtype)
-        return write(path, known, self._cache_for(reuse_prefix=True), self.expert_uses())
+        uses, before = self.expert_uses(), self._session_heat
+        heat = uses if before is None else before if uses is None else before + uses
+        return write(path, known, self._cache_for(reuse_prefix=True), heat)
 
     def open_session(self, path: Path, *, model: str = "this model") -> Facts:
         """Read what `save_session` wrote: the next call with `reuse_prefix` goes on from there.
 
-        A session that was kept without the MTP layer's rows is guessed on by what its text repeats. `model` is what
-        messages call this one. Raises SessionError, ContextOverflowError, StorageError; on the CPU the engine goes on
-        as before then.
+        An MTP layer goes on from its own rows, or, where the session was kept without them, from what comes next. The
+        experts that the session used get places on a card. `model` is what messages call this one. Raises SessionError,
+        ContextOverflowError, StorageError; on the CPU the engine goes on as before then.
         """
-        has_rows = read_facts(path).draft_tokens > 0
         before, self._cached = self._cached if self.placement is None else None, None  # a card holds one cache
         try:
-            cached = self._new_cache(mtp=has_rows)
-            facts = restore(path, cached, self.fingerprint, self.cache_dtype, model).facts
+            cached = self._new_cache()
+            restored = restore(path, cached, self.fingerprint, self.cache_dtype, model)
         except BaseException:
             self._cached = before
             raise
         self._cached = cached
-        return facts
+        heat, shape = restored.expert_heat, (self.config.num_hidden_layers, self.config.n_routed_experts)
+        usable = heat is not None and heat.shape == shape and bool((heat.isfinite() & (heat >= 0)).all())
+        self._session_heat = heat if usable else None
+        if self._session_heat is not None:
+            self.expect_uses(self._session_heat)
+        return restored.facts
 
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
         if self._model is not None:
             self._closing()
         self._closing = lambda: None  # it holds what is on the card
-        self.expert_uses = self.expert_hits = lambda: None
+        self.expert_uses, self.expect_uses = lambda: None, lambda uses: None
+        self.expert_hits = lambda: None
         self._model = self._mtp = None
         self._cached = None
         self._checkpoint.close()
@@ -301,10 +314,10 @@ class Engine:
         if self.placement is not None:
             self._cached = None
 
-    def _new_cache(self, *, mtp: bool = True) -> CachedTokens:
+    def _new_cache(self) -> CachedTokens:
         capacity, dtype = self.max_context, self.kernels.cache_dtype
         drafter: Drafter | None = None
-        if self._mtp is not None and mtp:
+        if self._mtp is not None:
             drafter = MtpDrafter(self._mtp, self._mtp.cache(capacity, dtype))
         elif self._lengths is not None:
             drafter = LookupDrafter()
@@ -321,6 +334,11 @@ class Engine:
     @property
     def _has_tokenizer(self) -> bool:
         return (self.path / "tokenizer.json").is_file()
+
+    def _check_bias(self, logit_bias: Mapping[int, float]) -> None:
+        for token_id in logit_bias:
+            if token_id >= self.config.vocab_size:
+                raise UsageError(f"logit_bias: {token_id} is outside the vocabulary of {self.config.vocab_size}")
 
     def _grammar(
         self, schema: str | Mapping[str, Any] | None, grammar: str | None, choice: Sequence[str]

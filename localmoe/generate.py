@@ -14,12 +14,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from localmoe.draft_length import DraftLength
 from localmoe.errors import ContextOverflowError, InputError, UsageError
 from localmoe.grammar import Grammar
 from localmoe.model.deepseek import PREFILL_CHUNK
 from localmoe.sampling import History, SamplingParams, logprob, sample, top_logprobs
 from localmoe.session import CachedTokens, LanguageModel
-from localmoe.speculative import DraftLength, SpeculationStats
+from localmoe.speculative import SpeculationStats
 from localmoe.text import StreamingDetokenizer, overlap
 
 
@@ -142,6 +143,7 @@ class _Passes:
         self._turn = self._position = 0
         self._drafts: list[int] = []  # draft i was guessed to be drawn from row i
         self._count = self._drafted = self._accepted = 0
+        self._seconds = 0.0  # that the last pass took
 
     def prefill(self, prompt_ids: list[int], chunk: int) -> tuple[Tensor, int]:
         """Logits [1, V] after the prompt, and how many of its tokens were not computed again."""
@@ -173,18 +175,21 @@ class _Passes:
 
     def next(self, token_id: int, most: int) -> Tensor:
         """Compute `token_id` and what is guessed to follow it, `most` tokens at most; a row of logits for each."""
+        started = time.perf_counter()
         wanted = 0 if self._lengths is None else min(self._lengths.next(), most)
         self._drafts = self._cached.draft(token_id, wanted, self._guess, self._turn) if wanted else []
         if self._constraint is not None:
             self._drafts = self._constraint.fitting(self._drafts)
         self._count += 1
         self._drafted += len(self._drafts)
-        return self._cached.extend(self._model, [token_id, *self._drafts], self._turn, every=True)
+        rows = self._cached.extend(self._model, [token_id, *self._drafts], self._turn, every=True)
+        self._seconds = time.perf_counter() - started
+        return rows
 
-    def record(self, accepted: int, seconds: float) -> None:
-        """What the pass before took, with its drafting and its draws."""
+    def learn(self, accepted: int) -> None:
+        """What the pass before took and gave decides how many tokens are guessed from now on."""
         if self._lengths is not None and self._count:
-            self._lengths.record(len(self._drafts), accepted, seconds)
+            self._lengths.record(len(self._drafts), accepted, self._seconds)
 
     @property
     def stats(self) -> SpeculationStats | None:
@@ -267,7 +272,7 @@ def _steps(
     started = time.perf_counter()
     rows, reused = passes.prefill(prompt_ids, prefill_chunk)
     prefill_seconds = time.perf_counter() - started
-    decode_seconds = pass_seconds = sampling_seconds = 0.0
+    decode_seconds = sampling_seconds = 0.0
     while True:
         for place, logits in enumerate(rows):
             started = time.perf_counter()
@@ -280,7 +285,6 @@ def _steps(
             if finish_reason is not None or not guessed:
                 passes.settle(place)
             spent = time.perf_counter() - started
-            pass_seconds += spent
             if answer.tokens > 1:
                 decode_seconds += spent
                 sampling_seconds += spent
@@ -300,11 +304,10 @@ def _steps(
             yield step
             if not guessed:
                 break
-        passes.record(place, pass_seconds)
         started = time.perf_counter()
+        passes.learn(place)
         rows = passes.next(token_id, answer.limit - answer.tokens - 1)
-        pass_seconds = time.perf_counter() - started
-        decode_seconds += pass_seconds
+        decode_seconds += time.perf_counter() - started
 
 
 class _Answer:

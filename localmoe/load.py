@@ -57,9 +57,9 @@ def load(
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
-    measuring finds to pay, 0: none. On a card experts change places as they are used, and with them the last bits of
-    results, unless it is to be `deterministic`, which knows nothing of earlier runs either. `counts` counts the experts
-    that are chosen, on the CPU's engine.
+    measuring finds to pay, and none on a card, where nobody has run it yet; 0: none. On a card experts change places as
+    they are used, and with them the last bits of results, unless it is to be `deterministic`, which knows nothing of
+    earlier runs either. `counts` counts the experts that are chosen, on the CPU's engine.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
@@ -73,8 +73,8 @@ def load(
     _refuse_unquantized(resolved, checkpoint)
     config = ModelConfig.from_dict(checkpoint.config)
     check_checkpoint(config, checkpoint)
-    row, guesses = row_bytes(config, chosen.cache_dtype), mtp != 0 and has_mtp(config, checkpoint)
-    needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row, mtp=guesses)
+    row, guesses = row_bytes(config, chosen.cache_dtype), mtp != 0 and (card is None or mtp is not None)
+    needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row, mtp=guesses and has_mtp(config, checkpoint))
     budget = available_memory() if ram is None else ram
     if threads is not None:
         # Torch computes what has no kernel of ours (norms, softmax, prefill). Its pool belongs to the process and
@@ -89,7 +89,7 @@ def load(
         context = choose_context(needs, config.max_position_embeddings, ctx, budget)
         layer = experts.layer if counts is None else counts.watching(experts.layer)
         engine = Engine(Model(config, checkpoint, chosen, layer), checkpoint, chosen, context)
-    if mtp != 0:
+    if guesses:
         engine.speculate(_mtp_layer(engine.model, checkpoint, chosen, experts), mtp)
     return engine
 
@@ -141,7 +141,7 @@ def _on_card(
                 heat.plus(kept.uses()).write(known)
 
     engine = Engine(model, checkpoint, kernels, placed.context, placed, closing)
-    engine.expert_uses, engine.expert_hits = kept.uses, kept.hits
+    engine.expert_uses, engine.expert_hits, engine.expect_uses = kept.uses, kept.hits, kept.expect
     return engine
 
 

@@ -13,14 +13,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from localmoe.errors import CheckpointError, UsageError
 
-_HEAD = 1024
-"""Top-p looks at so many of the likeliest tokens before it sorts the whole vocabulary, which for 129,280 tokens
-takes as long as some layers; a nucleus is nearly always smaller."""
+_HEADS = (64, 1024)
+"""Top-p looks at so many of the likeliest tokens, and at more where those are not enough, before it sorts the whole
+vocabulary, which for 129,280 tokens takes as long as some layers."""
 
 _COLDEST = 1e-6
 """Below this temperature, float32 division itself would overflow; the result is the likeliest token anyway."""
@@ -136,16 +137,17 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     """
     # Relative to the best one, so that a tiny temperature makes -inf of the others and never inf of the best
     scaled = (logits - logits.max()) / max(params.temperature, _COLDEST)  # [V]
-    token_ids = torch.arange(len(logits))
+    token_ids = None  # all
     if 0 < params.top_k < len(logits):
         scaled, token_ids = scaled.topk(params.top_k)
     probabilities = scaled.softmax(dim=0)
     if params.top_p < 1:
-        probabilities, token_ids = _nucleus(probabilities, token_ids, params.top_p)
+        probabilities, places = _nucleus(probabilities, params.top_p)
+        token_ids = places if token_ids is None else token_ids[places]
     if params.min_p > 0:
-        kept = probabilities >= params.min_p * probabilities.max()
-        probabilities, token_ids = probabilities[kept], token_ids[kept]
-    return token_ids, probabilities / probabilities.sum()
+        places = (probabilities >= params.min_p * probabilities.max()).nonzero()[:, 0]
+        probabilities, token_ids = probabilities[places], places if token_ids is None else token_ids[places]
+    return torch.arange(len(logits)) if token_ids is None else token_ids, probabilities / probabilities.sum()
 
 
 def exponentials(seed: int, position: int, token_ids: Tensor) -> Tensor:
@@ -155,12 +157,13 @@ def exponentials(seed: int, position: int, token_ids: Tensor) -> Tensor:
     Flood, https://doi.org/10.1145/2660193.2660195), used as a hash.
     """
     stream = _mix(_mix(seed * _GOLDEN) + position * _GOLDEN)
-    bits = token_ids * _signed(_GOLDEN) + _signed(stream)  # int64 arithmetic is modulo 2**64
-    for shift, factor in ((30, _FACTORS[0]), (27, _FACTORS[1])):
-        bits = (bits ^ _shifted(bits, shift)) * _signed(factor)
-    bits = bits ^ _shifted(bits, 31)
-    uniform = (_shifted(bits, 11).double() + 0.5) * 2.0**-53  # inside (0, 1)
-    return -uniform.log()
+    bits = token_ids.numpy().view(np.uint64) * np.uint64(_GOLDEN) + np.uint64(stream)  # modulo 2**64
+    for shift, factor in _STEPS:
+        bits ^= bits >> np.uint64(shift)
+        bits *= np.uint64(factor)
+    bits ^= bits >> np.uint64(31)
+    uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # inside (0, 1)
+    return torch.from_numpy(-np.log(uniform))
 
 
 def logprob(logits: Tensor, token_id: int) -> float:
@@ -178,34 +181,28 @@ def top_logprobs(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
 
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # (shift, factor)
 
 
 def _mix(value: int) -> int:
     """SplitMix64's finalizer, of any integer modulo 2**64."""
     value &= (1 << 64) - 1
-    for shift, factor in ((30, _FACTORS[0]), (27, _FACTORS[1])):
+    for shift, factor in _STEPS:
         value = (value ^ (value >> shift)) * factor & ((1 << 64) - 1)
     return value ^ (value >> 31)
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shifted(bits: Tensor, count: int) -> Tensor:
-    """int64 shifted to the right, zeros coming in."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)
-
-
-def _nucleus(probabilities: Tensor, token_ids: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    head, order = probabilities.topk(min(_HEAD, len(probabilities)))
-    if float(head.sum()) < top_p:
-        head, order = probabilities.sort(descending=True, stable=True)
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest of [N], the first of them first, with their places."""
+    for size in _HEADS:
+        head, places = probabilities.topk(min(size, len(probabilities)))
+        if float(head.sum()) >= top_p:
+            break
+    else:
+        head, places = probabilities.sort(descending=True, stable=True)
     before = head.cumsum(dim=0) - head  # the mass of everything likelier
     count = max(1, int((before < top_p).sum()))
-    return head[:count], token_ids[order[:count]]
+    return head[:count], places[:count]
 
 
 def _is_number(value: object) -> bool:

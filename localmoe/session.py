@@ -147,28 +147,31 @@ class CachedTokens:
         ids = self._ids[: self.length]
         drafted = None
         if isinstance(self.drafter, MtpDrafter):
-            if self.drafter.waiting_state(ids) is None:
-                return  # it has not seen them all, and could not go on there
-            kept = max(kept - 1, 0)  # as many as it lets be kept
-            drafted = _aside(self.drafter.rows[max(kept, 1) - 1 : len(ids) - 1])
+            kept = max(kept - 1, 0)  # it may need the state of the last token kept again
+            first = max(kept, 1) - 1
+            if self.drafter.start <= first and self.drafter.seen == len(ids):
+                self.drafter.settle(ids)
+                drafted = _aside(self.drafter.rows[first - self.drafter.start : len(ids) - 1 - self.drafter.start])
         rows = {layer: _aside(self.cache.reserve(layer, 0)[kept : len(ids)]) for layer in self.cache.layers}
         self._branches.add(Branch(np.asarray(ids, dtype=np.int64), kept, rows, drafted))
 
     def _take_up(self, branch: Branch, known: int) -> bool:
-        """Go on with the first `known` tokens of a branch, but for the last where its state is needed. False, and
-        nothing changes, where that is not more than there is."""
+        """Go on with the first `known` tokens of a branch, but for the last where its state is needed. False where that
+        is not more than there is."""
         first = len(self._ids)
         end = known - 1 if isinstance(self.drafter, MtpDrafter) else known
         if end <= first:
             return False
         for layer in self.cache.layers:
             self.cache.reserve(layer, end - first)[first:] = branch.rows_of(layer, first, end)
-        if isinstance(self.drafter, MtpDrafter):
-            drafted = branch.drafted_of(self.drafter.settled(self._ids), end)
-            if drafted is None:
-                return False
-            self.drafter.append(drafted)
         self.cache.advance(end - first)
+        if isinstance(self.drafter, MtpDrafter):
+            self.drafter.settle(self._ids)
+            drafted = branch.drafted_of(self.drafter.end, end)
+            if drafted is None:
+                self.drafter.restart(end)
+            else:
+                self.drafter.append(drafted)
         self._ids += branch.ids[first:end].tolist()
         if self.drafter is not None and not self.drafter.needs_states:
             self.drafter.observe(self._ids, None)

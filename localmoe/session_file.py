@@ -2,8 +2,8 @@
 
 token_ids        I32 [T]
 latents.I        [T, width]   layer I's rows as the cache holds them: BF16, F32, or U8 (an int8 cache's bytes)
-mtp.latents      [t, width]   the MTP layer's, where it was running
-mtp.state        F32 [T - t, H]  and the state that it waits with
+mtp.latents      [t, width]   the MTP layer's, where it was running: of the tokens since it was, but for the last s
+mtp.state        F32 [s, H]   the state that it waits with, of the last token; or none
 expert_heat      F32 [layers, experts], where something counted it
 checksum         U8 [32]      SHA-256 of the file's header and every other tensor's SHA-256, in the file's order
 __metadata__     `localmoe.sessions.Facts`
@@ -103,8 +103,9 @@ def restore(path: Path, cached: CachedTokens, model_hash: str, cache_dtype: str,
         )
     into = _destinations(facts, infos, cached, name)
     _read_all(path, header, infos, into, name)
-    if isinstance(cached.drafter, MtpDrafter):
-        cached.drafter.resume(facts.draft_tokens, into["mtp.state"])
+    if facts.draft_tokens and isinstance(cached.drafter, MtpDrafter):
+        start = facts.tokens - facts.draft_tokens - len(into["mtp.state"])
+        cached.drafter.resume(start, facts.draft_tokens, into["mtp.state"])
     cached.adopt(into["token_ids"].tolist())
     return Restored(facts, into.get("expert_heat"))
 
@@ -114,8 +115,10 @@ def _tensors(cached: CachedTokens) -> dict[str, Tensor]:
     tensors = {"token_ids": torch.tensor(cached.token_ids[:count], dtype=torch.int32)}
     tensors |= {f"latents.{layer}": cache.reserve(layer, 0)[:count] for layer in cache.layers}
     drafter = cached.drafter
-    if isinstance(drafter, MtpDrafter) and (state := drafter.waiting_state(cached.token_ids[:count])) is not None:
-        tensors |= {"mtp.latents": drafter.rows, "mtp.state": state}
+    if isinstance(drafter, MtpDrafter) and drafter.seen == count:
+        drafter.settle(cached.token_ids)
+        if len(drafter.rows):
+            tensors |= {"mtp.latents": drafter.rows, "mtp.state": drafter.last_state()}
     return tensors
 
 
@@ -177,18 +180,19 @@ def _destinations(facts: Facts, infos: list[TensorInfo], cached: CachedTokens, n
     count, cache, drafter = facts.tokens, cached.cache, cached.drafter
     into = {f"latents.{layer}": cache.reserve(layer, count) for layer in cache.layers}
     found = {info.name: info for info in infos[:-1]}
-    if isinstance(drafter, MtpDrafter):
-        if not facts.draft_tokens and count:
-            raise ValueError("a session without the MTP layer's rows is not for an MTP drafter")
+    if facts.draft_tokens and isinstance(drafter, MtpDrafter):
+        if "mtp.state" not in found or facts.draft_tokens + (waiting := found["mtp.state"].shape[0]) > count:
+            raise damaged(name)
         (layer,) = drafter.cache.layers
         into["mtp.latents"] = drafter.cache.reserve(layer, facts.draft_tokens)
+        into["mtp.state"] = torch.empty(min(waiting, 1), drafter.width if waiting else 0)
     wanted: dict[str, TensorSpec] = {"token_ids": (torch.int32, (count,))}
     wanted |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in into.items()}
     for key, info in found.items():
         if key not in into:
             into[key] = torch.empty(info.shape, dtype=info.dtype)
     fits = all(key in found and (found[key].dtype, found[key].shape) == spec for key, spec in wanted.items())
-    if not fits or (facts.draft_tokens and len(into.get("mtp.state", ())) != count - facts.draft_tokens):
+    if not fits:
         raise damaged(name)
     return into
 

@@ -9,10 +9,8 @@ coupling; https://arxiv.org/abs/2211.17192 on speculative decoding).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Protocol
 
 import torch
@@ -51,18 +49,24 @@ class Drafter(Protocol):
 class MtpSteps(Protocol):
     """What drafting needs of an MTP layer: `localmoe.model.mtp.MtpLayer`, or a fake in tests."""
 
-    def remember(self, states: Tensor, next_ids: Tensor, cache: LatentCache) -> None: ...
+    def remember(self, states: Tensor, next_ids: Sequence[int], cache: LatentCache, start: int) -> None: ...
 
-    def step(self, state: Tensor, next_id: int, cache: LatentCache) -> Tensor: ...
+    def step(self, states: Tensor, next_ids: Sequence[int], cache: LatentCache, start: int) -> Tensor: ...
 
     def logits(self, state: Tensor) -> Tensor: ...
+
+    @property
+    def width(self) -> int: ...
 
 
 class MtpDrafter:
     """Guesses with the checkpoint's own MTP layer; further ones by feeding it its own state.
 
-    The layer's cache lags behind the main one: a row needs the token after it. States wait until a guess is asked
-    for, so that a pause in guessing costs nothing but their memory, and that is bounded.
+    The layer's cache lags behind the main one: a row needs the token after it. States wait until a guess is asked for,
+    and join its pass. Where they are many, their rows alone are made, so a pause in guessing costs next to nothing.
+
+    The rows are those of tokens `start`, `start + 1`, ...: of the whole text, unless it began without this drafter.
+    Then the layer attends to what came since, and is right less often at first.
     """
 
     name = "mtp"
@@ -71,100 +75,123 @@ class MtpDrafter:
 
     def __init__(self, layer: MtpSteps, cache: LatentCache) -> None:
         self.cache = cache
+        self.start = 0
+        self.width = layer.width
+        """Numbers in a state."""
         self._layer = layer
-        self._waiting: list[Tensor] = []  # states of the tokens from `_first` on
+        self._waiting: list[Tensor] = []  # states of the tokens from `_first` on; the first may have its row already
         self._first = 0
+
+    @property
+    def end(self) -> int:
+        """The token after the last one that has a row."""
+        return self.start + self.cache.length
+
+    @property
+    def seen(self) -> int:
+        """The token after the last one whose state was here."""
+        return self._first + sum(len(states) for states in self._waiting)
+
+    @property
+    def rows(self) -> Tensor:
+        """The latents as stored, [end - start, width]."""
+        (layer,) = self.cache.layers
+        return self.cache.reserve(layer, 0)
 
     def keep(self, count: int) -> int:
         """See `Drafter`."""
-        held = self.cache.length
-        count = min(count, max(held, self._first + self._count))
-        if count > held:
-            self._trim(count)
+        if self.seen == self.start or count <= self.start:
+            self.restart(count)
             return count
-        # The row of the last token kept was made with a token that now changes, and its state is gone
-        kept = max(count - 1, 0)
-        self.cache.truncate(min(kept, held))
-        self._waiting, self._first = [], kept
-        return kept
+        count = min(count, self.seen)
+        if count > self._first:
+            self._drop_states(count)
+            self._drop_rows(count - 1)
+        else:  # the last token's row was made with a token that now changes, and its state is gone
+            count -= 1
+            self._drop_rows(count)
+            self._waiting, self._first = [], count
+        return count
 
     def observe(self, token_ids: Sequence[int], states: Tensor | None) -> None:
         """See `Drafter`."""
         if states is None:
             raise ValueError("an MTP layer needs the model's states")
-        if not self._waiting:
-            self._first = len(token_ids) - len(states)
+        first = len(token_ids) - len(states)
+        if first != self.seen:
+            self.restart(first)
         self._waiting.append(states)
-        if len(token_ids) - self.cache.length > self._MOST_WAITING:
+        if len(token_ids) - self.end > self._MOST_WAITING:
             self.settle(token_ids)
 
-    def waiting_state(self, token_ids: Sequence[int]) -> Tensor | None:
-        """With the cache's rows all that there is of `token_ids`: the last one's state, [1, H], or [0, H] where the
-        rows are complete. None where this drafter has not seen them all."""
-        if self._waiting:
-            if self._first + self._count != len(token_ids):
-                return None
-            self.settle(token_ids)
-        state = self._waiting[-1] if self._waiting else torch.empty(0, 0)
-        return state if self.cache.length + len(state) == len(token_ids) else None
+    def settle(self, token_ids: Sequence[int]) -> None:
+        """Make the rows of all tokens seen but the last, whose next token is not known."""
+        states = self._without_rows()
+        if len(states) > 1:
+            following = token_ids[self.end + 1 : self.end + len(states)]
+            with torch.inference_mode():
+                self._layer.remember(states[:-1], following, self.cache, self.start)
+        if len(states):
+            self._waiting, self._first = [states[-1:].clone()], self.seen - 1
 
-    def resume(self, rows: int, state: Tensor) -> None:
-        """Go on from `rows` rows that were written into the empty cache and what `waiting_state` gave then."""
+    def draft(self, token_ids: Sequence[int], next_id: int, count: int, choose: Choose) -> list[int]:
+        """See `Drafter`."""
+        if count < 1 or not self._waiting or self.seen != len(token_ids):
+            return []
+        self._drop_rows(len(token_ids) - 1)
+        if len(token_ids) - self.end > MATVEC_TOKENS:
+            self.settle(token_ids)
+        states = self._without_rows()  # [T, H], of the last tokens
+        following = [*token_ids[self.end + 1 :], next_id]
+        guesses: list[int] = []
+        with torch.inference_mode():
+            state = self._layer.step(states, following, self.cache, self.start)  # [1, H]
+            guesses.append(choose(self._layer.logits(state)[0], 0))
+            for ahead in range(1, count):
+                state = self._layer.step(state, guesses[-1:], self.cache, self.start)
+                guesses.append(choose(self._layer.logits(state)[0], ahead))
+        self._drop_rows(len(token_ids))  # guesses' rows were made with the layer's own states: the model's replace them
+        self._waiting, self._first = [states[-1:].clone()], len(token_ids) - 1
+        return guesses
+
+    def last_state(self) -> Tensor:
+        """After `settle`: of the token whose row is still to be made, [1, H]; [0, 0] where there is none."""
+        states = self._without_rows()
+        return states[-1:] if len(states) else torch.empty(0, 0)
+
+    def resume(self, start: int, rows: int, state: Tensor) -> None:
+        """Go on from `rows` rows that were written into the empty cache, token `start`'s first, and a state as
+        `last_state` gave it."""
+        self.start = start
         self.cache.advance(rows)
-        self._waiting, self._first = [state] if len(state) else [], rows
-
-    @property
-    def rows(self) -> Tensor:
-        """Its latents as stored, [rows, width]."""
-        (layer,) = self.cache.layers
-        return self.cache.reserve(layer, 0)
-
-    def settled(self, token_ids: Sequence[int]) -> int:
-        """How many rows there are of `token_ids`, those in the main cache, with all that can be made."""
-        if self._waiting:
-            self.settle(token_ids)
-        return self.cache.length
+        self._waiting, self._first = [state] if len(state) else [], self.end
 
     def append(self, rows: Tensor) -> None:
         """Go on from rows that were kept elsewhere, as stored; with the last, those of all tokens are there."""
         (layer,) = self.cache.layers
         self.cache.reserve(layer, len(rows))[self.cache.length :] = rows
         self.cache.advance(len(rows))
-        self._waiting, self._first = [], self.cache.length
+        self._waiting, self._first = [], self.end
 
-    def settle(self, token_ids: Sequence[int]) -> None:
-        """Put the states that wait into the cache, but for the last, whose next token is not known."""
-        start = self.cache.length
-        states = torch.cat(self._waiting)[start - self._first :] if self._waiting else torch.empty(0, 0)
-        if len(states) > 1:
-            following = torch.tensor(token_ids[start + 1 : start + len(states)])
-            with torch.inference_mode():
-                self._layer.remember(states[:-1], following, self.cache)
-        self._waiting, self._first = [states[-1:].clone()], start + len(states) - 1
+    def restart(self, token: int) -> None:
+        """Forget everything, and attend to what comes from `token` on."""
+        self.cache.truncate(0)
+        self.start = self._first = token
+        self._waiting = []
 
-    def draft(self, token_ids: Sequence[int], next_id: int, count: int, choose: Choose) -> list[int]:
-        """See `Drafter`."""
-        if count < 1 or self._first + self._count != len(token_ids) or self.cache.length > len(token_ids):
-            return []
-        self.settle(token_ids)
-        guesses = [next_id]
-        with torch.inference_mode():
-            state = self._waiting[-1]  # [1, H]
-            for ahead in range(count):
-                state = self._layer.step(state, guesses[-1], self.cache)
-                guesses.append(choose(self._layer.logits(state)[0], ahead))
-        # The rows of guesses were made with the layer's own states: the model's replace them
-        self.cache.truncate(len(token_ids))
-        return guesses[1:]
+    def _without_rows(self) -> Tensor:
+        """The states that wait for their rows, [T, H]."""
+        if not self._waiting:
+            return torch.empty(0, 0)
+        return torch.cat(self._waiting)[self.end - self._first :]
 
-    @property
-    def _count(self) -> int:
-        return sum(len(states) for states in self._waiting)
+    def _drop_rows(self, end: int) -> None:
+        """Only tokens before `end` keep theirs."""
+        self.cache.truncate(min(self.cache.length, end - self.start))
 
-    def _trim(self, count: int) -> None:
-        """Drop the states of the tokens from `count` on."""
-        while self._waiting and self._first + self._count > count:
-            excess = self._first + self._count - count
+    def _drop_states(self, end: int) -> None:
+        """Only tokens before `end`, of which one waits, keep theirs."""
+        while (excess := self.seen - end) > 0:
             last = self._waiting.pop()
             if excess < len(last):
                 self._waiting.append(last[: len(last) - excess])
@@ -210,7 +237,7 @@ class LookupDrafter:
 @dataclass(frozen=True)
 class SpeculationStats:
     """What guessing did in one generation. `drafts` is how many tokens are guessed at a time by now: 0 where it was
-    found not to pay."""
+    found not to pay, or nothing is known yet."""
 
     drafter: str
     passes: int  # of the model, after the prompt's
@@ -222,88 +249,3 @@ class SpeculationStats:
     def acceptance_rate(self) -> float | None:
         """The share of guesses that were right; None without guesses."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
-
-
-class DraftLength:
-    """How many tokens to guess at a time: what gave the most tokens a second so far, in this process.
-
-    A pass with k guesses takes a time t(k) and gives 1 + a(1) + a(1) a(2) + ... tokens, a(j) being how often the j-th
-    guess is right once those before it were. Both are measured while running. Lengths next to the best are tried when
-    times and rates, carried on, promise more; where guessing loses, it is tried again ever more rarely.
-    """
-
-    _FIRST = 4  # plain passes, and then passes with one guess, before anything is decided
-    _RECENT = 15  # passes that a time is the median of
-    _DECAY = 0.99  # of what acceptance remembers, a pass
-    _OFTEN, _SELDOM = 64, 512  # passes until a length that lost is tried again
-    _BURST = 2  # passes of such a trial
-    _MARGIN = 1.03  # guessing must win by: it is not to lose when the measured times are a little off
-
-    def __init__(self, most: int, *, fixed: bool) -> None:
-        self._most = most
-        self._fixed = fixed
-        self._times: list[deque[float]] = [deque(maxlen=self._RECENT) for _ in range(most + 1)]
-        self._tried = [0.0] * (most + 1)  # guesses at this distance that were checked ...
-        self._right = [0.0] * (most + 1)  # ... and right
-        self._since_trial = 0
-        self._interval = self._OFTEN
-        self._trials_left = 0
-
-    @property
-    def best(self) -> int:
-        """The length with the most tokens a second by what is known, among those tried and the next longer one."""
-        if self._fixed or len(self._times[0]) < self._FIRST or len(self._times[1]) < self._FIRST:
-            return self._most if self._fixed else 0
-        plain = 1 / self._time(0)
-        rates = {length: self._rate(length) for length in range(1, self._most + 1) if self._known(length)}
-        longest = max(rates)
-        if longest < self._most:  # the times go on as they did
-            longer = self._time(longest) + max(self._time(longest) - self._time(longest - 1), 0.0)
-            rates[longest + 1] = self._tokens(longest + 1) / longer
-        winner = max(rates, key=lambda length: rates[length])
-        return winner if rates[winner] > plain * self._MARGIN else 0
-
-    def next(self) -> int:
-        """How many to guess now."""
-        if self._fixed:
-            return self._most
-        if len(self._times[0]) < self._FIRST:
-            return 0
-        if len(self._times[1]) < self._FIRST:
-            return 1
-        best = self.best
-        if self._trials_left == 0 and self._since_trial >= self._interval:
-            self._trials_left, self._since_trial = self._BURST, 0
-            self._interval = self._OFTEN if best else min(2 * self._interval, self._SELDOM)
-        if self._trials_left:
-            return 0 if best else 1
-        return best
-
-    def record(self, drafted: int, accepted: int, seconds: float) -> None:
-        """A pass that checked `drafted` guesses, found the first `accepted` right, and took `seconds` with them."""
-        self._times[drafted].append(seconds)
-        self._trials_left = max(self._trials_left - 1, 0)
-        self._since_trial += 1
-        for distance in range(1, min(accepted + 1, drafted) + 1):
-            self._tried[distance] = self._tried[distance] * self._DECAY + 1
-            self._right[distance] = self._right[distance] * self._DECAY + (distance <= accepted)
-
-    def _known(self, length: int) -> bool:
-        return len(self._times[length]) > 0 and (length == 0 or self._known(length - 1))
-
-    def _time(self, length: int) -> float:
-        return median(self._times[length])
-
-    def _rate(self, length: int) -> float:
-        return self._tokens(length) / self._time(length)
-
-    def _tokens(self, length: int) -> float:
-        """Tokens that a pass with so many guesses gives."""
-        tokens = reach = 1.0
-        share = 0.0
-        for distance in range(1, length + 1):
-            if self._tried[distance] > 0:
-                share = self._right[distance] / self._tried[distance]
-            reach *= share
-            tokens += reach
-        return tokens

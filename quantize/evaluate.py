@@ -113,10 +113,8 @@ def evaluate(
         window = min(window, reference.max_context)
         if reference.tokenizer.encode(text, add_bos=False) != ids or reference.tokenizer.bos_id != bos:
             raise UsageError("the reference splits the text into other tokens: only models of one tokenizer compare")
-    windows = list(_windows(ids, bos, window))
+    windows = windows_of(model.tokenizer, text, window)
     total = sum(len(tokens) - 1 for tokens in windows)
-    if total == 0:
-        raise InputError("the text is too short: there is no token to predict")
     found = _predictions(model, windows)
     truth = _predictions(reference, windows) if reference is not None else None
     done: list[Positions] = []
@@ -127,6 +125,15 @@ def evaluate(
         if progress is not None:
             progress(EvaluationProgress(count, total))
     return Positions.joined(done)
+
+
+def windows_of(tokenizer: EvaluatedTokenizer, text: str, longest: int) -> list[list[int]]:
+    """The text in windows of at most `longest` tokens, each from BOS. Raises InputError."""
+    ids = tokenizer.encode(text, add_bos=False)
+    windows = list(_windows(ids, tokenizer.bos_id, longest))
+    if not windows:
+        raise InputError("the text is too short: there is no token to predict")
+    return windows
 
 
 def _windows(ids: Sequence[int], bos: int | None, window: int) -> Iterator[list[int]]:

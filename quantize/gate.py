@@ -14,6 +14,7 @@ from localmoe.model.config import ModelConfig
 from localmoe.model.shapes import check_checkpoint
 from localmoe.text import Tokenizer
 from quantize.evaluate import LayerwiseModel, evaluate
+from quantize.following import FollowedModel, Following
 from quantize.foreign import ForeignCheckpoint
 from quantize.positions import Evaluation
 from quantize.progress import Meter
@@ -46,10 +47,10 @@ class Gate:
 
 
 def measure(
-    source: Checkpoint | None, output: Checkpoint, tokens_from: Path, meter: Meter
+    source: Checkpoint | Following | None, output: Checkpoint, tokens_from: Path, meter: Meter
 ) -> tuple[Measured | None, str]:
     """What `output` lost of `source` on the held-out text; where that cannot be measured, None and the reason.
-    Without a source there is the perplexity alone.
+    Without a source there is the perplexity alone; one that was followed to its end is not run again.
 
     `tokens_from` is the directory with the tokenizer. Raises GateError for an output that computes no numbers,
     CheckpointError for a file that ends early.
@@ -59,7 +60,7 @@ def measure(
         tokenizer = Tokenizer.from_directory(tokens_from)
     except CheckpointError:
         return None, "the source has no usable tokenizer.json"
-    models = [output] if source is None else [output, source]
+    models = [output, source] if isinstance(source, Checkpoint) else [output]
     try:
         for checkpoint in models:
             if not isinstance(checkpoint, ForeignCheckpoint):  # whose names are others'; each is checked as it is read
@@ -75,7 +76,9 @@ def measure(
 
     try:
         with one_thread_each():
-            reference = model(source) if source is not None else None
+            reference = model(source) if isinstance(source, Checkpoint) else None
+            if isinstance(source, Following):
+                reference = FollowedModel(output, tokenizer, following=source)
             found = evaluate(model(output), text, reference=reference).summary()
     except InputError:
         return None, "the held-out text has tokens that the model does not know"

@@ -14,23 +14,22 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.quantizers import group_scales
+from quantize.search import searched_scales
 
 DAMPING = 0.01
 """Share of the diagonal's mean that is added to the diagonal, as in GPTQ's own code."""
 
+_SOLVED = 128  # up to so many columns a triangle is inverted at once
 _BLOCK_GROUPS = 4  # groups whose compensation reaches the rest of the matrix in one product
 
 
-def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """(int8 q [O, I], bf16 scale [O, I/g]) of float32 `weight` [O, I] with `hessian` = X^T X, float32 [I, I].
+def gptq(weight: Tensor, factor: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """(int8 q [O, I], bf16 scale [O, I/g]) of float32 `weight` [O, I]; `factor` is `inverse_factor` of its inputs.
 
-    A column that no input reached is rounded like any other and compensates nothing. Raises
-    torch.linalg.LinAlgError for a Hessian that damping does not make positive definite.
+    A column that no input reached is rounded like any other and compensates nothing.
     """
     form = int4 if scheme.kind == "int4" else int8
     group, width = scheme.group_size, weight.shape[1]
-    factor = inverse_factor(hessian, damping)  # U [I, I]
     importance = factor.diagonal().square().reciprocal()  # [I]
     left = weight.clone()  # becomes what is left to round
     q = torch.empty(weight.shape, dtype=torch.int8)
@@ -39,21 +38,23 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = DAMPI
     for start in range(0, width, step):
         stop = min(width, start + step)
         block = left[:, start:stop].t().contiguous()  # [b, O]: a column is contiguous
-        errors = torch.empty_like(block)
+        errors, rounded = torch.empty_like(block), torch.empty_like(block)
         near = factor[start:stop, start:stop]
-        for index in range(stop - start):
-            column = start + index
-            if index % group == 0:
-                part = block[index : index + group].t().contiguous()  # [O, g]
-                found = group_scales(part, scheme, "mse", importance[column : column + group])[0]  # [O, 1]
-                scale[:, column // group] = found[:, 0]
-                step_size = found[:, 0].float()  # [O]
-                divisor = torch.where(step_size == 0, torch.inf, step_size)
-            rounded = (block[index] / divisor).round_().clamp_(form.LOWEST, form.HIGHEST)
-            q[:, column] = rounded.to(torch.int8)
-            errors[index] = (block[index] - rounded * step_size) / near[index, index]
-            # Only the rest of the block now; what lies beyond gets all of the block's errors in one product
-            block[index + 1 :].addr_(near[index, index + 1 :], errors[index], alpha=-1)
+        for first in range(0, stop - start, group):
+            last = first + group
+            part = block[first:last].t().contiguous()  # [O, g]
+            found = searched_scales(part, scheme, importance[start + first : start + last])[:, 0]  # [O]
+            scale[:, (start + first) // group] = found
+            step_size = found.float()
+            divisor = torch.where(step_size == 0, torch.inf, step_size)
+            for index in range(first, last):
+                torch.div(block[index], divisor, out=rounded[index]).round_().clamp_(form.LOWEST, form.HIGHEST)
+                errors[index] = (block[index] - rounded[index] * step_size) / near[index, index]
+                # Only the rest of the group now: what lies beyond gets a group's errors in one product, and beyond
+                # the block the block's
+                block[index + 1 : last].addr_(near[index, index + 1 : last], errors[index], alpha=-1)
+            block[last:].addmm_(near[first:last, last:].t(), errors[first:last], alpha=-1)
+        q[:, start:stop] = rounded.t()
         left[:, stop:].addmm_(errors.t(), factor[start:stop, stop:], alpha=-1)
     return q, scale
 
@@ -65,31 +66,53 @@ def refit(weight: Tensor, q: Tensor, scale: Tensor, hessian: Tensor, scheme: Sch
     ||X r||^2; after rounding to bf16 it is kept where the error falls. GPTQ has chosen each scale before it knew what
     the columns to come would make up for.
     """
-    size = scheme.group_size
+    size, width = scheme.group_size, weight.shape[1]
     steps = q.float()  # [O, I]
     fitted = scale.clone()
     left = weight - steps * scale.float().repeat_interleave(size, dim=1)  # [O, I]
-    for group in range(scale.shape[1]):
-        columns = slice(group * size, (group + 1) * size)
-        part = steps[:, columns]  # [O, g]
-        slope = (part * (left @ hessian[:, columns])).sum(dim=1)  # [O]
-        bend = (part * (part @ hessian[columns, columns])).sum(dim=1)
-        before = fitted[:, group].float()
-        after = (before + torch.where(bend > 0, slope / bend, 0.0)).bfloat16()
-        move = after.float() - before
-        better = move * (move * bend - 2 * slope) < 0  # false for NaN
-        move = torch.where(better, move, 0.0)
-        fitted[:, group] = (before + move).bfloat16()
-        left[:, columns] -= part * move.unsqueeze(1)
+    for start in range(0, width, size * _BLOCK_GROUPS):
+        stop = min(width, start + size * _BLOCK_GROUPS)
+        pulled = left @ hessian[:, start:stop]  # [O, b]: H r, kept up with the block's own moves
+        for first in range(start, stop, size):
+            columns = slice(first, first + size)
+            part = steps[:, columns]  # [O, g]
+            slope = (part * pulled[:, first - start : first - start + size]).sum(dim=1)  # [O]
+            bend = (part * (part @ hessian[columns, columns])).sum(dim=1)
+            before = fitted[:, first // size].float()
+            after = (before + torch.where(bend > 0, slope / bend, 0.0)).bfloat16()
+            move = after.float() - before
+            better = move * (move * bend - 2 * slope) < 0  # false for NaN
+            move = torch.where(better, move, 0.0)
+            fitted[:, first // size] = (before + move).bfloat16()
+            change = part * move.unsqueeze(1)
+            left[:, columns] -= change
+            pulled.addmm_(change, hessian[columns, start:stop], alpha=-1)
     return fitted
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with U^T U = (H + damping * mean(diag H))^-1, float32 [I, I]; computed in float64."""
-    damped = hessian.double()
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """Upper triangular U with U^T U = (H + damping * mean(diag H))^-1, float32 [I, I]; computed in float64.
+
+    With the columns in reverse, Cholesky gives H = R R^T with R upper triangular, and U is R's inverse: half the work
+    of inverting H and factoring that. Raises torch.linalg.LinAlgError where damping does not make H positive definite.
+    """
+    damped = hessian.double().flip(0, 1)
     diagonal = damped.diagonal()
     mean = diagonal.mean()
     diagonal += damping * mean if mean > 0 else 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    return _inverse_upper(torch.linalg.cholesky(damped).flip(0, 1)).float()
+
+
+def _inverse_upper(matrix: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves: products are faster than solving for every column."""
+    size = len(matrix)
+    if size <= _SOLVED:
+        eye = torch.eye(size, dtype=matrix.dtype)
+        solved: Tensor = torch.linalg.solve_triangular(matrix, eye, upper=True)
+        return solved
+    half = size // 2
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half] = _inverse_upper(matrix[:half, :half])
+    inverse[half:, half:] = _inverse_upper(matrix[half:, half:])
+    inverse[:half, half:] = -(inverse[:half, :half] @ matrix[:half, half:]) @ inverse[half:, half:]
+    return inverse

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -32,8 +33,11 @@ from localmoe.model.layers import RMSNorm
 from localmoe.model.mla import Attention, Positions
 from localmoe.model.moe import Router
 from localmoe.model.rope import Rope
+from quantize.gptq import inverse_factor
 
 _ROWS = 4096  # of an MLP's inputs that are in work at a time
+_KEPT = 1 << 25  # numbers between an MLP's matrices that are kept rather than computed twice
+_TILE = 256  # columns of a second moment that are computed at a time
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _Item = TypeVar("_Item")
 _T = TypeVar("_T")
@@ -45,6 +49,11 @@ class Statistics:
 
     tokens: int
     hessian: Tensor
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """What GPTQ needs of the Hessian; made once for the matrices that share it."""
+        return inverse_factor(self.hessian)
 
 
 Replaced = Callable[[str], Tensor | None]
@@ -58,7 +67,8 @@ class LayerByLayer:
     """One pass over `windows`, each a sequence of its own. `wanted` are the modules whose statistics are asked for.
     What `replaced` has another weight for is run with that, so that what comes after sees the error it will see.
 
-    `advance` runs the next layer; after the last, `logits` gives the predictions. The checkpoint's tensors should be
+    `advance` runs the next layer; after the last, `logits` gives the predictions. `states` are those between two layers
+    of an earlier pass, to go on from. The checkpoint's tensors should be
     read and not mapped (`ReadingCheckpoint`): each is used once.
     """
 
@@ -69,6 +79,7 @@ class LayerByLayer:
         pool: ThreadPoolExecutor,
         wanted: Iterable[str] = (),
         replaced: Replaced = lambda module: None,
+        states: Tensor | None = None,
     ) -> None:
         self.config = ModelConfig.from_dict(checkpoint.config)
         self.wanted = frozenset(wanted)
@@ -80,14 +91,16 @@ class LayerByLayer:
             raise InputError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
         ends = list(accumulate(map(len, windows), initial=0))
         self._spans = [slice(start, stop) for start, stop in pairwise(ends)]
-        self._states = checkpoint.rows("model.embed_tokens.weight", self._ids)  # float32 [N, H]
+        if states is None:
+            states = checkpoint.rows("model.embed_tokens.weight", self._ids)
+        self.states = states  # float32 [N, H]
         self._positions: dict[int, Positions] = {}
         self.expert_tokens: dict[str, int] = {}
         """Tokens that reached each routed expert, by `model.layers.N.mlp.experts.M`."""
 
     def advance(self, layer: int, consume: Consume) -> Iterator[tuple[str, object]]:
         """Take all windows through `layer`; (module, what `consume` made of it) for its wanted modules."""
-        yield from self._layer(layer, self.config.moe_layers[layer], self._states, consume)
+        yield from self._layer(layer, self.config.moe_layers[layer], self.states, consume)
 
     def mtp(self, consume: Consume) -> Iterator[tuple[str, object]]:
         """After the last layer: as `advance`, for the checkpoint's first MTP layer, if it has one."""
@@ -102,7 +115,7 @@ class LayerByLayer:
         head = self._source.stored("model.embed_tokens" if tied else "lm_head")
 
         def window(span: slice) -> Tensor:
-            return reference.linear(norm(self._states[span]), head)
+            return reference.linear(norm(self.states[span]), head)
 
         yield from self._in_order(window, self._spans, ahead=1)  # a vocabulary-sized result each
 
@@ -110,7 +123,7 @@ class LayerByLayer:
         """[N, H]: eh_proj([enorm(embedding of the next token), hnorm(state after the final norm)]), as
         DeepSeek-V3's section 2.2; a window's last token takes the next window's first for its next."""
         eps = self.config.rms_norm_eps
-        state = RMSNorm(self._source, "model.norm", eps)(self._states)
+        state = RMSNorm(self._source, "model.norm", eps)(self.states)
         following = self._source.rows("model.embed_tokens.weight", torch.cat((self._ids[1:], self._ids[:1])))
         joined = torch.cat(
             (
@@ -193,14 +206,16 @@ class LayerByLayer:
         made = []
         outer = [name for name in names[:2] if name in self.wanted]
         if outer:
-            statistics = Statistics(len(y), _moment(blocks))
+            statistics = Statistics(len(y), second_moment(blocks))
             made += [(name, consume(name, statistics)) for name in outer]
         gate, up = (self._source.weight(name).tensor for name in names[:2])
+        inner: Iterable[Tensor] = _Between(blocks, gate, up)
         if names[2] in self.wanted:
-            moment = _moment(_between(rows, gate, up) for rows in blocks)
-            made.append((names[2], consume(names[2], Statistics(len(y), moment))))
+            if len(y) * len(gate) <= _KEPT:
+                inner = list(inner)
+            made.append((names[2], consume(names[2], Statistics(len(y), second_moment(inner)))))
         down = self._source.weight(names[2]).tensor
-        return torch.cat([_between(rows, gate, up) @ down.T for rows in blocks]), made
+        return torch.cat([rows @ down.T for rows in inner]), made
 
     def _in_order(self, work: Callable[[_Item], _T], items: Sequence[_Item], ahead: int | None = None) -> Iterator[_T]:
         """Results of `work` in the items' order, a few items ahead of the reader."""
@@ -214,18 +229,31 @@ class LayerByLayer:
             yield waiting.popleft().result()
 
 
-def _between(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """[n, I]: what goes into the down projection."""
-    return F.silu(rows @ gate.T) * (rows @ up.T)
+@dataclass(frozen=True)
+class _Between:
+    """[n, I] of each block: what goes into the down projection, computed each time it is gone through."""
+
+    blocks: Sequence[Tensor]
+    gate: Tensor
+    up: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in self.blocks:
+            yield F.silu(rows @ self.gate.T) * (rows @ self.up.T)
 
 
-def _moment(blocks: Iterable[Tensor]) -> Tensor:
-    """x^T x of all rows of `blocks`, float32."""
+def second_moment(blocks: Iterable[Tensor]) -> Tensor:
+    """x^T x of all rows of `blocks`, float32; it is symmetric, so only its upper half is computed."""
     moment: Tensor | None = None
     for rows in blocks:
-        moment = rows.T @ rows if moment is None else moment.addmm_(rows.T, rows)
+        width = rows.shape[1]
+        if moment is None:
+            moment = torch.zeros(width, width)
+        for start in range(0, width, _TILE):
+            stop = min(width, start + _TILE)
+            moment[:stop, start:stop].addmm_(rows[:, :stop].T, rows[:, start:stop])
     assert moment is not None  # `split` gives one block at least
-    return moment
+    return moment.triu_() + moment.triu(1).T
 
 
 def layer_of(module: str) -> int:

@@ -6,20 +6,22 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
 from quantize.gptq import gptq, refit
 from quantize.layerwise import Statistics
-from quantize.quantizers import group_scales, ordered_sum, pack_integers
+from quantize.quantizers import ordered_sum, pack_integers
+from quantize.search import rounded
 
 Method = Literal["rtn", "gptq", "auto"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq", "auto")
 
 LEAST_TOKENS = 64
 """Fewer tokens than this, or than an eighth of the row, and a Hessian says too little for GPTQ."""
+
+_ROWS, _TILE = 256, 256  # of a matrix, and columns of its Hessian, that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -49,35 +51,47 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
     """
     form = int4 if scheme.kind == "int4" else int8
     hessian = statistics.hessian
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}  # as they are stored
     enough = reaches(statistics.tokens, weight.shape[1])
-    if method != "gptq" or not enough:
-        scale = group_scales(weight, scheme, "mse")[0]
-        found["mse"] = form.quantize(weight, scale, scheme.group_size), scale
-        if statistics.tokens:
-            importance = hessian.diagonal() / statistics.tokens
-            scale = group_scales(weight, scheme, "mse", importance)[0]
-            found["weighted"] = form.quantize(weight, scale, scheme.group_size), scale
     if method != "rtn" and enough:
-        q, scale = gptq(weight, hessian, scheme)
-        found["gptq"] = q, refit(weight, q, scale, hessian, scheme)
-    differences = {
-        name: weight - form.dequantize(form.pack(q), scale, scheme.group_size) for name, (q, scale) in found.items()
-    }
-    errors = {name: _through(difference, hessian) for name, difference in differences.items()}
-    best = min(found, key=lambda name: errors[name])  # the first of equals: the simplest
-    norm = _through(weight, hessian)
+        q, scale = gptq(weight, statistics.factor, scheme)
+        found["gptq"] = pack_integers(q, refit(weight, q, scale, hessian, scheme), scheme)
+    if method != "gptq" or not enough:
+        if statistics.tokens:
+            found["weighted"] = rounded(weight, scheme, hessian.diagonal() / statistics.tokens)
+        found["mse"] = rounded(weight, scheme)
+    best, least, left = "", math.inf, weight
+    for name, parts in found.items():
+        difference = weight - form.dequantize(parts["weight_packed"], parts["weight_scale"], scheme.group_size)
+        error = error_through(difference, hessian, least)
+        if not best or error <= least:  # of equals the simplest
+            best, least, left = name, error, difference
+    norm = error_through(weight, hessian)
     return Chosen(
-        parts=pack_integers(*found[best], scheme),
+        parts=found[best],
         method=best,
         tokens=statistics.tokens,
-        squared_error=ordered_sum(differences[best].square()),
+        squared_error=ordered_sum(left.square()),
         squared_norm=ordered_sum(weight.square()),
-        zero_groups=int((found[best][1] == 0).sum()),
-        output_error=float(f"{math.sqrt(max(errors[best], 0.0) / norm):.6g}") if norm > 0 else 0.0,
+        zero_groups=int((found[best]["weight_scale"] == 0).sum()),
+        output_error=float(f"{math.sqrt(max(least, 0.0) / norm):.6g}") if norm > 0 else 0.0,
     )
 
 
-def _through(matrix: Tensor, hessian: Tensor) -> float:
-    """tr(M H M^T) = ||X M^T||^2."""
-    return ordered_sum(torch.mm(matrix, hessian).mul_(matrix))
+def error_through(matrix: Tensor, hessian: Tensor, enough: float = math.inf) -> float:
+    """tr(M H M^T) = ||X M^T||^2; or, once that is seen to be above `enough`, some number that is.
+
+    H is symmetric, so what is above its diagonal counts twice; and no row takes anything away.
+    """
+    total = 0.0
+    for rows in matrix.split(_ROWS):
+        for start in range(0, len(hessian), _TILE):
+            columns = slice(start, start + _TILE)
+            part = rows[:, columns]
+            product = part @ hessian[columns, columns]
+            if start:
+                product.addmm_(rows[:, :start], hessian[:start, columns], alpha=2)
+            total += ordered_sum(product.mul_(part))
+        if total > enough:
+            break
+    return total

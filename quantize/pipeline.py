@@ -46,7 +46,7 @@ from quantize.recipes import recipe_named
 from quantize.sources import SourceReader, open_source
 from quantize.stream import Conversion, stream
 
-_MEASURE = Gate()
+MEASURE = Gate()
 CONVERTED = "converted"
 """The recipe of an output whose numbers are those of a source that others packed."""
 
@@ -80,7 +80,7 @@ def quantize(
     grid: Grid = "mse",
     method: Method = "rtn",
     calibration_text: str | None = None,
-    gate: Gate | None = _MEASURE,
+    gate: Gate | None = MEASURE,
     round_scales: bool = False,
     progress: OnProgress | None = None,
 ) -> Report:
@@ -147,6 +147,9 @@ def with_loss(facts: Manifest, measured: Measured | None, why_not: str) -> Manif
     """The manifest with the loss in it, or a note that says why there is none."""
     if measured is None:
         return replace(facts, notes=(*facts.notes, f"what it lost was not measured: {why_not}"))
+    if measured.kld_mean is None:
+        note = f"only the perplexity was measured, not the divergence from the source: {why_not}"
+        return replace(facts, measured=measured, notes=(*facts.notes, note))
     return replace(facts, measured=measured)
 
 

@@ -17,7 +17,7 @@ from localmoe.formats.safetensors import TensorInfo
 from localmoe.formats.scheme import QuantizationConfig, Scheme, SchemeGroup
 from localmoe.formats.shards import Unit
 from quantize.foreign import ForeignCheckpoint, common_scheme
-from quantize.recipes import Recipe, part_of
+from quantize.recipes import SERVED_COLUMNS, Recipe, part_of
 from quantize.sources import FLOATS, FP8, SCALE, SourceReader
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
@@ -70,6 +70,7 @@ def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
     """
     checkpoint = reader.checkpoint
     _check_model_type(checkpoint)
+    recipe = recipe.for_model(checkpoint.config)
     dropped = _equal_copies(reader)
     jobs, kept_back = [], []
     for info in sorted(checkpoint.tensors.values(), key=lambda info: _natural(info.name)):
@@ -128,8 +129,9 @@ def _check_model_type(checkpoint: Checkpoint) -> None:
 
 def _job(info: TensorInfo, recipe: Recipe, group_size: int, *, tied: bool) -> Job:
     module = info.name.removesuffix(".weight")
-    part = part_of(module) if info.name.endswith(".weight") else None
-    scheme = recipe.scheme(part, group_size) if part and not (tied and part == "head") else None
+    scheme = recipe.scheme_of(module, group_size) if info.name.endswith(".weight") else None
+    if tied and part_of(module) == "head":
+        scheme = None
     if scheme is not None:
         if len(info.shape) != 2 or info.dtype not in (*FLOATS, FP8) or 0 in info.shape:
             raise CheckpointError(
@@ -184,17 +186,19 @@ def _check_agreement(jobs: Iterable[Job], config: QuantizationConfig) -> None:
 
 
 def _undivided(infos: Iterable[TensorInfo], recipe: Recipe, group_size: int) -> list[str]:
-    """Notes on matrices that the recipe means to quantize and that the group does not divide."""
-    counts: Counter[tuple[str, int, int]] = Counter()
+    """Notes on matrices that the recipe quantizes, but whose rows the group or other engines' tiles do not divide."""
+    counts: Counter[tuple[str, int, str]] = Counter()
     for info in infos:
         module = info.name.removesuffix(".weight")
         part = part_of(module)
         scheme = recipe.scheme(part, group_size) if part else None
-        if scheme is not None and not scheme.divides(info.shape[1]):
-            counts[re.sub(r"\d+", "*", module), info.shape[1], scheme.group_size] += 1
+        if scheme is not None:
+            held = scheme.divides(info.shape[1])
+            why = f"{SERVED_COLUMNS}, which SGLang needs" if held else str(scheme.group_size)
+            counts[re.sub(r"\d+", "*", module), info.shape[1], why] += 1
     return [
-        f"{modules} ({count} of them) stays unquantized: its rows of {length} are not a multiple of {size}"
-        for (modules, length, size), count in counts.items()
+        f"{modules} ({count} of them) stays unquantized: its rows of {length} are not a multiple of {why}"
+        for (modules, length, why), count in counts.items()
     ]
 
 

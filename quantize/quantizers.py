@@ -11,7 +11,8 @@ does: the grid has one more step on that side. w = q * scale is all that any rea
 so a negative scale is as good as a positive one; on the demo's experts it lowers the error by 6 %.
 
 Scales depend on the weights only, not on the number of threads nor on how rows are cut into chunks: nothing
-but elementwise operations, and sums in a fixed order.
+but elementwise operations, and sums in a fixed order. So the C++ search (`quantize.search`), which does the work, can
+be held to the same bits; what is here is its reference.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _SMALLEST = 2.0**-100  # a group below this is zero: its reciprocal would overfl
 
 
 @dataclass(frozen=True)
-class _IntegerGrid:
+class IntegerGrid:
     """`guesses` are |largest weight| / |scale| of the first guesses, `baseline` that of plain absmax."""
 
     lowest: int
@@ -45,8 +46,13 @@ class _IntegerGrid:
 
 
 # Steps found on the demo's experts: against 128 of them the error (group 32) is 0.2 % higher.
-_INT4 = _IntegerGrid(int4.LOWEST, int4.HIGHEST, 7.5, tuple(7.2 + 0.48 * step for step in range(10)))
-_INT8 = _IntegerGrid(int8.LOWEST, int8.HIGHEST, 127.0, (127.5, 128.0, 129.0, 130.0))
+_INT4 = IntegerGrid(int4.LOWEST, int4.HIGHEST, 7.5, tuple(7.2 + 0.48 * step for step in range(10)))
+_INT8 = IntegerGrid(int8.LOWEST, int8.HIGHEST, 127.0, (127.5, 128.0, 129.0, 130.0))
+
+
+def integer_grid(scheme: Scheme) -> IntegerGrid:
+    """That of an int4 or int8 scheme."""
+    return _INT4 if scheme.kind == "int4" else _INT8
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def group_scales(
     `importance` float32 [in] weights each column's squared error (its inputs' mean square, say) in the search, and in
     the errors and norms that come back.
     """
-    integer = _INT4 if scheme.kind == "int4" else _INT8
+    integer = integer_grid(scheme)
     groups = rows.reshape(-1, scheme.group_size)  # [N, g]
     count = groups.shape[0]
     scale = torch.empty(count, dtype=torch.bfloat16)
@@ -131,7 +137,7 @@ def _weighted(columns: Tensor, weights: Tensor | None) -> Tensor:
     return columns if weights is None else columns.mul_(weights)
 
 
-def _search(columns: Tensor, integer: _IntegerGrid, grid: Grid, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _search(columns: Tensor, integer: IntegerGrid, grid: Grid, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(bf16 scales [n], squared errors [n]) of the groups that are the columns of float32 [g, n]."""
     highest, lowest = columns.amax(dim=0), columns.amin(dim=0)
     extreme = torch.where(highest >= -lowest, highest, lowest)  # [n], with its sign
@@ -149,7 +155,7 @@ def _search(columns: Tensor, integer: _IntegerGrid, grid: Grid, weights: Tensor 
     return scale, error
 
 
-def _least_squares(columns: Tensor, extreme: Tensor, integer: _IntegerGrid, weights: Tensor | None) -> Tensor:
+def _least_squares(columns: Tensor, extreme: Tensor, integer: IntegerGrid, weights: Tensor | None) -> Tensor:
     """The first guess whose q explains the most of its group, with that q's least-squares scale: bf16 [n]."""
     inverse = torch.where(extreme == 0, 0.0, -1.0 / extreme)
     best = torch.zeros_like(extreme)
@@ -166,20 +172,20 @@ def _least_squares(columns: Tensor, extreme: Tensor, integer: _IntegerGrid, weig
     return scale.bfloat16()
 
 
-def _refit(columns: Tensor, scale: Tensor, integer: _IntegerGrid, weights: Tensor | None) -> Tensor:
+def _refit(columns: Tensor, scale: Tensor, integer: IntegerGrid, weights: Tensor | None) -> Tensor:
     """The least-squares scale of the q that `scale` gives: bf16 [n]."""
     q = _round(columns, scale, integer)
     dot, size = _sum_(_weighted(columns * q, weights)), _sum_(_weighted(q.square_(), weights))
     return torch.where(size == 0, 0.0, dot / size).bfloat16()
 
 
-def _error(columns: Tensor, scale: Tensor, integer: _IntegerGrid, weights: Tensor | None) -> Tensor:
+def _error(columns: Tensor, scale: Tensor, integer: IntegerGrid, weights: Tensor | None) -> Tensor:
     """Squared error [n] of what is stored with this bf16 scale [n]."""
     q = _round(columns, scale, integer)
     return _sum_(_weighted(q.mul_(scale.float()).sub_(columns).square_(), weights))
 
 
-def _round(columns: Tensor, scale: Tensor, integer: _IntegerGrid) -> Tensor:
+def _round(columns: Tensor, scale: Tensor, integer: IntegerGrid) -> Tensor:
     """q as formats/grouped.py rounds it, in float32 [g, n]."""
     divisor = torch.where(scale == 0, torch.inf, scale.float())  # x / inf = 0
     return (columns / divisor).round_().clamp_(integer.lowest, integer.highest)

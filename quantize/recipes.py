@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from localmoe.errors import UsageError
 from localmoe.formats.scheme import NF4_BLOCK, Kind, QuantizationConfig, Scheme, SchemeGroup
@@ -29,12 +29,35 @@ KEPT_PATTERNS = (r"re:.*\.mlp\.gate$", r"re:.*embed_tokens$", r"re:.*\.eh_proj$"
 """Matrices that every recipe leaves alone: router, embeddings, the MTP layer's input projection."""
 
 
+SERVED_COLUMNS = 128
+"""Columns of a packed linear that SGLang (and vLLM before 0.25) wants a multiple of; see localmoe/serving.py."""
+_DENSE_DOWN = r"re:.*\.mlp\.down_proj$"
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Kinds of number by part; parts that are not named keep the source's precision."""
+    """Kinds of number by part; parts that are not named keep the source's precision, and so do modules that one of
+    `kept` names."""
 
     name: str
     kinds: Mapping[Part, Kind]
+    kept: tuple[str, ...] = ()
+
+    def for_model(self, config: Mapping[str, Any]) -> Recipe:
+        """The recipe for a model with this config.json: `balanced` leaves the dense layers' down projection alone where
+        other engines would not load it packed (V2-Lite's 10,944 columns)."""
+        width = config.get("intermediate_size")
+        served = (self.kinds.get("routed_experts"), self.kinds.get("dense_mlp")) == ("int4", "int8")
+        if served and type(width) is int and width % SERVED_COLUMNS:
+            return replace(self, kept=(_DENSE_DOWN,))
+        return self
+
+    def scheme_of(self, module: str, group_size: int) -> Scheme | None:
+        """How a module's matrix is stored, if the group divides its rows."""
+        part = part_of(module)
+        if part is None or any(re.match(pattern.removeprefix("re:"), module) for pattern in self.kept):
+            return None
+        return self.scheme(part, group_size)
 
     def scheme(self, part: Part, group_size: int) -> Scheme | None:
         """How a part's matrices are stored; NF4 has its own block size."""
@@ -58,7 +81,7 @@ class Recipe:
         groups = (*(SchemeGroup(scheme, tuple(targets)) for scheme, targets in named.items()),)
         return QuantizationConfig(
             groups=(*groups, SchemeGroup(main, ("Linear",))),
-            ignore=(*_plain(unquantized), *KEPT_PATTERNS, *ignore),
+            ignore=(*_plain(unquantized), *KEPT_PATTERNS, *self.kept, *ignore),
             method="localmoe-nf4" if main.kind == "nf4" else "compressed-tensors",
         )
 

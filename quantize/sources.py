@@ -33,11 +33,34 @@ _SLAB_BYTES = 8 * 2**20  # of the source's own dtype; a slab of FP8 is four time
 
 @dataclass(frozen=True)
 class Slab:
-    """Float32 rows `start` to `start + len(rows)` of a matrix, and the source bytes that they took."""
+    """Rows `start` to `start + len(values)` of a matrix, as they are stored."""
 
+    info: TensorInfo
     start: int
-    rows: Tensor
-    source_bytes: int
+    values: Tensor
+    """[rows, in]"""
+    factors: Tensor | None = None
+    """Of FP8: one for each of their blocks, whole ones but at the matrix's edges."""
+    block: tuple[int, int] = (128, 128)
+
+    @property
+    def source_bytes(self) -> int:
+        """Without the factors."""
+        return self.values.nbytes
+
+    @property
+    def rows(self) -> Tensor:
+        """Float32 [rows, in], made each time. Raises CheckpointError, naming the tensor, for NaN and infinity."""
+        if self.factors is not None:
+            rows = fp8.dequantize(self.values, self.factors, self.block)
+        else:
+            rows = self.values.to(torch.float32)
+        _check_finite(self.info, rows)
+        return rows
+
+    def check_finite(self) -> None:
+        """Raises CheckpointError, naming the tensor, for NaN and infinity."""
+        _ = self.rows
 
 
 def open_source(directory: Path) -> Checkpoint:
@@ -117,9 +140,9 @@ class SourceReader:
             os.close(descriptor)
 
     def matrix(self, name: str) -> Iterator[Slab]:
-        """The rows of matrix `name` [out, in], dequantized where they are FP8.
+        """The rows of matrix `name` [out, in].
 
-        Raises CheckpointError, naming the tensor, for a dtype that is not a weight's and for NaN and infinity.
+        Raises CheckpointError, naming the tensor, for a dtype that is not a weight's.
         """
         info = self.checkpoint.info(name)
         if info.dtype != FP8 and info.dtype not in FLOATS:
@@ -133,12 +156,9 @@ class SourceReader:
             stop = min(out_features, start + step)
             values = self._read(info, start * row_bytes, stop * row_bytes).view(info.dtype).view(-1, in_features)
             if block and scale is not None:
-                factors = scale[start // block[0] : -(-stop // block[0])]
-                rows = fp8.dequantize(values, factors, block)
+                yield Slab(info, start, values, scale[start // block[0] : -(-stop // block[0])], block)
             else:
-                rows = values.to(torch.float32)
-            _check_finite(info, rows)
-            yield Slab(start, rows, values.nbytes)
+                yield Slab(info, start, values)
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(offset in bytes, flat piece in the tensor's own dtype) of any tensor that is not FP8.

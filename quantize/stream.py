@@ -1,10 +1,9 @@
 """The streaming pass: source matrices in, stored tensors out, a slab of rows at a time.
 
-    SourceReader -> slab of rows -> quantize_rows -> CheckpointWriter
+    SourceReader -> slab of rows -> quantize_slab -> CheckpointWriter
 
-Each core takes a matrix of its own and runs torch on one thread: the operations are too short to be worth
-splitting, and a barrier after each would wait for whatever else the machine is doing. Memory holds a slab a core,
-whatever the size of the matrix, the shard or the model.
+Each core takes a matrix of its own: a barrier would wait for whatever else the machine is doing. Memory holds a slab a
+core, whatever the size of the matrix, the shard or the model.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from quantize.foreign import ForeignCheckpoint, stored
 from quantize.hashing import SourceHasher
 from quantize.plan import Job, Plan
 from quantize.progress import Meter
-from quantize.quantizers import Grid, ordered_sum, pack_integers, quantize_rows
+from quantize.quantizers import Grid, ordered_sum, pack_integers
+from quantize.search import quantize_slab
 from quantize.sources import SourceReader
 
 _MOST_WORKERS = 16  # Python between the operations is what more would wait for
@@ -92,7 +92,7 @@ class Conversion:
                 if not parts["weight"].isfinite().all():
                     raise CheckpointError(f"{_where(job)} has values too large for bfloat16; pull the model again")
             else:
-                quantized = quantize_rows(slab.rows, job.scheme, self.grid)
+                quantized = quantize_slab(slab, job.scheme, self.grid)
                 parts = quantized.parts
                 zeros += quantized.zero_groups
                 error += quantized.squared_error

@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def config_of(name: str, recipe: str = "balanced", group_size: int = 32) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
     config["num_hidden_layers"] = min(config["num_hidden_layers"], 5)  # the others are like the last
-    quantization = RECIPES[recipe].quantization_config(group_size).to_dict()
+    quantization = RECIPES[recipe].for_model(config).quantization_config(group_size).to_dict()
     return config | {"quantization_config": json.loads(json.dumps(quantization))}
 
 
@@ -40,10 +40,14 @@ def test_balanced_v3_goes_on_sixteen_gpus_and_more(name: str, group_size: int) -
 
 
 def test_v2_lite_by_hand() -> None:
-    """16 heads; experts 1408 = 11 x 128 wide; the dense layer's down_proj has 10944 = 85.5 x 128 = 342 x 32 columns."""
+    """16 heads; experts 1408 = 11 x 128 wide; the dense layer's down_proj has 10944 = 85.5 x 128 columns and stays."""
     balanced = found(config_of("deepseek-v2-lite"))
-    assert balanced["vLLM"].tensor_parallel == (1, 2)  # 10944 / 4 is no multiple of 32
-    assert [problem.what for problem in balanced["SGLang"].problems] == [
+    assert balanced["vLLM"].tensor_parallel == (1, 2, 4)  # 1408 / 8 = 176 is no multiple of 32
+    assert balanced["vLLM"].tensor_parallel_whole_experts == (1, 2, 4, 8)  # the shared one's 2816 / 16 = 176 neither
+    assert balanced["SGLang"].tensor_parallel_whole_experts == (1,)  # gate_proj: 10944 / 2 is no multiple of 64
+    everything = config_of("deepseek-v2-lite")
+    everything["quantization_config"]["ignore"].remove(r"re:.*\.mlp\.down_proj$")
+    assert [problem.what for problem in found(everything)["SGLang"].problems] == [
         "down_proj has 10944 columns on each of 1 GPUs, not a multiple of 128"
     ]
     apart = found(config_of("deepseek-v2-lite", "experts-only"))

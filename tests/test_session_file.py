@@ -256,3 +256,49 @@ class TestWithAModel:
             assert self.answer(engine, [1, 2, 3])[1] == 1
             engine.save_session(tmp_path / "y.safetensors", Facts([]))
             assert load_file(tmp_path / "y.safetensors")["expert_heat"].sum() == 96
+
+    def test_the_heat_of_a_session_is_used_and_added_to(self, artifact: Path, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        heat = torch.arange(6 * 16.0).view(6, 16)
+        with load(artifact, ctx=256, threads=1) as engine:
+            engine.expert_uses = lambda: heat  # counted on a card only
+            self.answer(engine, [1, 2, 3])
+            engine.save_session(path, Facts([]))
+        expected: list[Tensor] = []
+        with load(artifact, ctx=256, threads=1) as engine:
+            engine.expect_uses = expected.append
+            engine.open_session(path)
+            assert torch.equal(expected[0], heat)
+            engine.save_session(path, Facts([]))  # where nothing is counted it stays
+            assert torch.equal(load_file(path)["expert_heat"], heat)
+            engine.expert_uses = lambda: torch.ones(6, 16, dtype=torch.int64)
+            engine.save_session(path, Facts([]))
+            assert torch.equal(load_file(path)["expert_heat"], heat + 1)
+            engine.expert_uses = lambda: torch.ones(2, 3)
+            engine._session_heat = None
+            engine.save_session(path, Facts([]))
+            engine.open_session(path)  # not of this model's shape: a hint, and left alone
+            assert len(expected) == 1
+
+    def test_an_mtp_layer_takes_up_a_session_that_it_knows_nothing_of(self, artifact: Path, tmp_path: Path) -> None:
+        """It attends to what comes from there on, and so do its rows when they are kept."""
+        path, more = tmp_path / "x.safetensors", [9, 8, 7]
+        with load(artifact, ctx=512, threads=1) as engine:
+            ids = engine.prompt_ids("Once upon a time a fox and a boat went down the river, and the drum said nothing")
+            tokens = self.answer(engine, ids)[0]
+            before = engine.save_session(path, Facts([]))
+            assert before.draft_tokens == 0
+            prompt = [*ids, *tokens, *more]
+            wanted, computed, _ = self.answer(engine, prompt)
+        for _ in range(2):  # from a file without rows, and then from one with some
+            with load(artifact, ctx=512, threads=1, mtp=1) as engine:
+                engine.open_session(path)
+                found = self.answer(engine, prompt)
+                assert found[:2] == (wanted, computed)
+                assert found[2] is not None
+                after = engine.save_session(path, Facts([]))
+                prompt = [*prompt, *wanted, *more]
+            with load(artifact, ctx=512, threads=1) as engine:
+                engine.open_session(path)
+                wanted, computed, _ = self.answer(engine, prompt)
+        assert 0 < after.draft_tokens < after.tokens - before.tokens + 8

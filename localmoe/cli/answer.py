@@ -179,7 +179,8 @@ def guesses(speculation: SpeculationStats) -> str:
     if speculation.acceptance_rate is None:
         return f"{speculation.drafter}: nothing guessed"
     counted = f"{speculation.accepted_tokens} of {speculation.drafted_tokens} guesses"
-    return f"{speculation.drafter}: {counted} right ({speculation.acceptance_rate:.0%}), {speculation.drafts} at a time"
+    now = f"{speculation.drafts} at a time" if speculation.drafts else "none now"
+    return f"{speculation.drafter}: {counted} right ({speculation.acceptance_rate:.0%}), {now}"
 
 
 def unmet(answer: Answer) -> str | None:

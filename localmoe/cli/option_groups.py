@@ -112,7 +112,7 @@ class MachineOptions:
 class EngineOptions(MachineOptions):
     """The same for an engine that answers."""
 
-    mtp: options.Mtp = "0"
+    mtp: options.Mtp = "auto"
     deterministic: options.Deterministic = False
 
     def machine(self) -> options.Machine:

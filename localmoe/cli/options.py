@@ -66,7 +66,7 @@ Mtp = Annotated[
     typer.Option(
         "--mtp",
         metavar="auto|N",
-        help="Tokens to guess at a time, checked in one pass; auto: as many as pay here. The output is the same.",
+        help="Tokens to guess at a time, checked in one pass; auto: as many as pay here; 0: none. Changes no output.",
     ),
 ]
 Deterministic = Annotated[

@@ -171,7 +171,7 @@ def _storage(values: Mapping[str, Any], recipe: str | None) -> tuple[Storage, bo
         return Storage.of(values), True
     from quantize.recipes import recipe_named
 
-    quantization = recipe_named(recipe).quantization_config(group_size=32)
+    quantization = recipe_named(recipe).for_model(values).quantization_config(group_size=32)
     storage = Storage.of(values, quantization)
     return storage, storage.quantization != quantization
 

@@ -88,10 +88,15 @@ class Checks:
         bool,
         typer.Option(
             "--discard-source",
-            help="Pull a shard, quantize it, drop it: for a disk that does not hold the source. Takes no calibration, "
-            "and measures no loss but the perplexity.",
+            help="Pull a shard, quantize it, drop it: for a disk that does not hold the source. Takes no calibration.",
         ),
     ] = False
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            "--revision", metavar="R", help="With --discard-source: a branch, tag or commit.  [default: main]"
+        ),
+    ] = None
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not measure what was lost.")] = False
 
 
@@ -123,12 +128,16 @@ def quantize(
     rounding = _method(how.method, how.calibrate is not None)
     text = prompt.read_file(how.calibrate) if how.calibrate is not None else None
     if checks.discard_source:
-        if rounding != "rtn" or text is not None or checks.gate is not None or checks.round_scales:
+        if rounding != "rtn" or text is not None or checks.round_scales:
             raise UsageError(
-                "--discard-source never has the whole source: leave out --method, --calibrate, --gate, --round-scales"
+                "--discard-source never has the whole source: leave out --method, --calibrate, --round-scales"
             )
-        _discarding(ref, _recipe(ref, how.recipe, None), output, how.group_size, grid, not checks.no_gate, as_json)
+        remote = _Remote(ref, _recipe(ref, how.recipe, None), checks.revision)
+        measure = not checks.no_gate
+        _discarding(remote, output, how.group_size, grid, measure=measure, limit=checks.gate, as_json=as_json)
         return
+    if checks.revision is not None:
+        raise UsageError("--revision goes with --discard-source; `localmoe pull --revision` chooses it before")
     source = _source(ref)
     chosen = _recipe(ref, how.recipe, source)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
@@ -198,27 +207,45 @@ def packed_by_others(source: Path) -> bool:
     return form_of(read_json_object(source / "config.json")) is not None
 
 
+@dataclass(frozen=True)
+class _Remote:
+    """What is to be quantized from the hub, into what."""
+
+    ref: ModelRef
+    recipe: str
+    revision: str | None
+
+
 def _discarding(
-    ref: ModelRef,
-    recipe: str,
+    wanted: _Remote,
     output: Path | None,
     group_size: int,
     grid: Literal["mse", "absmax"],
-    gate: bool,
+    *,
+    measure: bool,
+    limit: float | None,
     as_json: bool,
 ) -> None:
     """Quantize shard by shard from the hub, with a progress bar. Ctrl-C loses nothing but a shard's rest."""
     from localmoe.cli.render import progress_bar
     from localmoe.hub.download import pull_without_weights
 
+    ref, recipe = wanted.ref, wanted.recipe
     target = output if output is not None else store.artifact_dir(ref.name, recipe)
-    found = pull_without_weights(ref)
+    found = pull_without_weights(ref, revision=wanted.revision)
     try:
         with progress_bar("quantize") as advance:
             from quantize.discard import quantize_from_hub
+            from quantize.gate import Gate
 
             report = quantize_from_hub(
-                found, target, recipe, group_size=group_size, grid=grid, gate=gate, progress=_told(advance)
+                found,
+                target,
+                recipe,
+                group_size=group_size,
+                grid=grid,
+                gate=Gate(limit) if measure else None,
+                progress=_told(advance),
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None

@@ -25,6 +25,7 @@ _NAMES = {
     "sampling": "sampling, text",
     "other": "norms, Python, the rest",
 }
+_TRIALS = 0.1  # guesses a pass: fewer only try whether guessing pays, and change no figure
 _ADVISED = ("balanced", "compact")  # recipes of which the names say what they cost; the others are special
 
 
@@ -37,7 +38,8 @@ def timer(engine: Engine) -> PartTimer:
 
 def of_answer(engine: Engine, timed: PartTimer, answer: Answer) -> Explanation | None:
     """Why `answer` came as fast as it did; None where fewer than two tokens came."""
-    several = answer.speculation is not None and answer.speculation.drafted_tokens > 0
+    guessed = answer.speculation
+    several = guessed is not None and guessed.drafted_tokens > _TRIALS * guessed.passes
     held = answer.prompt_tokens + answer.completion_tokens // 2
     sample = timed.sample(answer.completion_tokens - 1, answer.decode_seconds, answer.sampling_seconds, held, several)
     return None if sample is None else _explained(engine, sample)
@@ -112,5 +114,6 @@ def _explained(engine: Engine, sample: Sample) -> Explanation:
     from localmoe.explain import explain_engine
     from quantize.recipes import recipe_named
 
-    recipes = {name: recipe_named(name).quantization_config(group_size=32) for name in _ADVISED}
+    shape = {"intermediate_size": engine.config.intermediate_size}
+    recipes = {name: recipe_named(name).for_model(shape).quantization_config(group_size=32) for name in _ADVISED}
     return explain_engine(engine, sample, store.home(), recipes)

@@ -6,6 +6,22 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 def supported_tiers() -> list[str]: ...
+def search_scales(
+    tier: str,
+    bits: int,
+    group: int,
+    baseline: float,
+    guesses: list[float],
+    weights: Array,
+    factors: Array | None,
+    block_rows: int,
+    block_columns: int,
+    importance: Array | None,
+    packed: Array | None,
+    scales: Array,
+    errors: Array,
+    norms: Array,
+) -> None: ...
 
 class Matrix:
     @staticmethod
@@ -54,6 +70,17 @@ class Router:
     ) -> None: ...
     def route(self, logits: Array, ids: Array, weights: Array) -> None: ...
 
+class Layer:
+    def __init__(
+        self,
+        attention_norm: list[float],
+        attention: Attention,
+        mlp_norm: list[float],
+        experts: Experts,
+        epsilon: float,
+    ) -> None: ...
+    def set_router(self, matrix: Matrix, router: Router) -> None: ...
+
 class Kernels:
     def __init__(self, tier: str, threads: int, cpus: list[int]) -> None: ...
     def linear(self, x: Array, weight: Matrix, y: Array) -> None: ...
@@ -61,6 +88,19 @@ class Kernels:
     def attention(
         self, attention: Attention, x: Array, rotations: Array, cache: Array, start: int, y: Array
     ) -> None: ...
+    def layer(
+        self,
+        layer: Layer,
+        x: Array,
+        rotations: Array,
+        cache: Array,
+        start: int,
+        normed: Array,
+        ids: Array,
+        weights: Array,
+    ) -> bool: ...
+    def finish(self, layer: Layer, x: Array, normed: Array, ids: Array, weights: Array) -> bool: ...
+    def take_seconds(self) -> dict[str, float]: ...
     def read_bandwidth(self, memory: Array) -> float: ...
 
 class CudaDriver:

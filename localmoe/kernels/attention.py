@@ -32,7 +32,7 @@ class DecodeAttention:
 
     def __init__(self, backend: cpu.Backend, native: _cpu.Attention) -> None:
         self._backend = backend
-        self._native = native
+        self.native = native
 
     @classmethod
     def choose(cls, backend: cpu.Backend | None, weights: MlaWeights) -> DecodeAttention | None:
@@ -60,4 +60,4 @@ class DecodeAttention:
 
     def __call__(self, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
         """See `cpu.Backend.attention`."""
-        return self._backend.attention(self._native, x, rotations, cache, start)
+        return self._backend.attention(self.native, x, rotations, cache, start)

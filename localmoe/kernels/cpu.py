@@ -45,7 +45,8 @@ class Backend:
     def __init__(self, tier: str, threads: int | None = None) -> None:
         cores = physical_cores()
         self.threads = threads or len(cores)
-        self._kernels = _cpu.Kernels(tier, self.threads, cores)
+        self.kernels = _cpu.Kernels(tier, self.threads, cores)
+        """What is called with arrays; it waits for its turn."""
 
     def matrix(self, weight: Weight) -> _cpu.Matrix | None:
         """What the kernels know of a stored matrix, or None where there is no native kernel for its form."""
@@ -72,7 +73,7 @@ class Backend:
         A row's result does not depend on the other rows, nor on the number of threads.
         """
         result = torch.empty(x.shape[0], matrix.out_features)
-        self._kernels.linear(array(x.contiguous()), matrix, array(result))
+        self.kernels.linear(array(x.contiguous()), matrix, array(result))
         return result
 
     def experts(self, experts: _cpu.Experts, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class Backend:
         must have been set; the same holds for rows as in `linear`.
         """
         result = torch.empty_like(hidden)
-        self._kernels.experts(experts, array(hidden), array(expert_ids), array(weights), array(result))
+        self.kernels.experts(experts, array(hidden), array(expert_ids), array(weights), array(result))
         return result
 
     def job(
@@ -90,7 +91,7 @@ class Backend:
     ) -> _cpu.ExpertJob:
         """See `localmoe.kernels.experts.ExpertProducts.job`; every expert must have been set."""
         arrays = map(array, (hidden, expert_ids, weights, slots, result))
-        return _cpu.ExpertJob(self._kernels, experts, *arrays)
+        return _cpu.ExpertJob(self.kernels, experts, *arrays)
 
     def attention(self, attention: _cpu.Attention, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
         """Absorbed attention of a few tokens: float32 [T, H] -> [T, H] (`localmoe.model.mla` has the maths).
@@ -100,10 +101,10 @@ class Backend:
         A row's result does not depend on the others.
         """
         result = torch.empty_like(x)
-        self._kernels.attention(attention, array(x), array(rotations), array(cache), start, array(result))
+        self.kernels.attention(attention, array(x), array(rotations), array(cache), start, array(result))
         return result
 
     def read_bandwidth(self) -> float:
         """Bytes a second that this team reads from memory: the best of three passes over 512 MiB."""
         memory = torch.ones(_BANDWIDTH_BYTES, dtype=torch.uint8)
-        return max(self._kernels.read_bandwidth(array(memory)) for _ in range(3))
+        return max(self.kernels.read_bandwidth(array(memory)) for _ in range(3))

@@ -15,6 +15,7 @@ from localmoe.formats.weights import DenseWeight, Weight
 from localmoe.kernels import cpu, reference
 from localmoe.kernels.attention import DecodeAttention, MlaWeights
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
+from localmoe.kernels.layer import LayerParts, NativeLayer
 from localmoe.kernels.profile import Profile
 from localmoe.kernels.routing import NativeRouting, RouterRule
 
@@ -30,7 +31,7 @@ class Kernels:
         self.backend = backend
         self.cache_dtype = cache_dtype or (torch.float32 if backend is None else torch.bfloat16)
         """What the latent cache holds: bfloat16, or for the reference float32, if nothing else is asked for."""
-        self.profile = Profile()
+        self.profile = Profile(None if backend is None else backend.kernels.take_seconds)
 
     @classmethod
     def choose(cls, tier: str = "auto", threads: int | None = None, cache_dtype: str = "auto") -> Kernels:
@@ -93,6 +94,10 @@ class Kernels:
         """A router's choice in one call, or None where the reference computes."""
         return None if self.backend is None else NativeRouting(rule)
 
+    def layer(self, parts: LayerParts) -> NativeLayer | None:
+        """A whole layer in one call, or None where a part has no native form."""
+        return NativeLayer.choose(self.backend, parts)
+
     def expert(self, x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
         """One expert's SwiGLU: down(silu(gate x) * up x), float32 [T, H] -> [T, H]."""
         return MLP((gate, up, down), self)(x)
@@ -102,12 +107,13 @@ class MLP:
     """down(silu(gate x) * up x), as a dense layer has it."""
 
     def __init__(self, weights: ExpertWeights, kernels: Kernels) -> None:
-        self._experts = kernels.experts(0, _no_expert, weights)
+        self.experts = kernels.experts(0, _no_expert, weights)
+        """The MLP as the shared expert of none."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [T, H] -> [T, H]."""
         nothing = x.new_empty(len(x), 0)
-        return self._experts(x, nothing.long(), nothing)
+        return self.experts(x, nothing.long(), nothing)
 
 
 def _no_expert(index: int) -> ExpertWeights:

@@ -33,7 +33,10 @@ class ExpertProducts:
         self._shared = shared
         # A large model has over 40,000 matrices, and opening it should not wait for them
         self._held: list[ExpertWeights | None] = [None] * count
-        self._native = None if backend is None else self._native_experts(backend, count)
+        self.native = None if backend is None else self._native_experts(backend, count)
+        """What the kernels know of the experts; None where they do not compute them."""
+        self.uses: Tensor | None = None
+        """int64 [E], how many tokens chose each expert: counted where there is one."""
 
     def __call__(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Sum of weight * expert(hidden), plus shared(hidden).
@@ -41,19 +44,29 @@ class ExpertProducts:
         hidden float32 [T, H], expert_ids int64 [T, k] (distinct in a row), weights float32 [T, k] -> [T, H]. An id of
         -1 is somebody else's to add.
         """
+        self.hold(expert_ids)
+        self.count(expert_ids)
+        if self.native is not None and self._backend is not None:
+            return self._backend.experts(self.native, hidden, expert_ids, weights)
+        return self._grouped(hidden, expert_ids, weights)
+
+    def hold(self, expert_ids: Tensor) -> None:
+        """Look up those of int64 [T, k] that are not yet."""
         for expert in set(expert_ids.flatten().tolist()):
             if expert >= 0 and self._held[expert] is None:
                 self._hold(expert)
-        if self._native is not None and self._backend is not None:
-            return self._backend.experts(self._native, hidden, expert_ids, weights)
-        return self._grouped(hidden, expert_ids, weights)
+
+    def count(self, expert_ids: Tensor) -> None:
+        """Add int64 [T, k], none of them -1, to `uses`, if anybody wants them."""
+        if self.uses is not None:
+            self.uses += torch.bincount(expert_ids.flatten(), minlength=len(self.uses))
 
     def complete(self) -> bool:
         """Look up all experts that are not yet; whether native kernels have every one of them."""
         for expert, held in enumerate(self._held):
             if held is None:
                 self._hold(expert)
-        return self._native is not None
+        return self.native is not None
 
     def job(
         self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, slots: Tensor, result: Tensor
@@ -63,9 +76,9 @@ class ExpertProducts:
         hidden and result float32 [T, H], expert_ids int32 [T, k], weights float32 [T, k], slots int32 [E], -1 for the
         experts that the job computes. None where there is no native kernel.
         """
-        if not self.complete() or self._native is None or self._backend is None:
+        if not self.complete() or self.native is None or self._backend is None:
             return None
-        return self._backend.job(self._native, hidden, expert_ids, weights, slots, result)
+        return self._backend.job(self.native, hidden, expert_ids, weights, slots, result)
 
     def _native_experts(self, backend: cpu.Backend, count: int) -> _cpu.Experts | None:
         """None where the shared expert's form has no native kernel."""
@@ -79,12 +92,12 @@ class ExpertProducts:
 
     def _hold(self, expert: int) -> ExpertWeights:
         weights = self._held[expert] = self._look_up(expert)
-        if self._native is not None and self._backend is not None:
+        if self.native is not None and self._backend is not None:
             matrices = self._backend.matrices(weights)
             if matrices is None:
-                self._native = None
+                self.native = None
             else:
-                self._native.set(expert, *matrices)
+                self.native.set(expert, *matrices)
         return weights
 
     def _grouped(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:

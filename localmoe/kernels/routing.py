@@ -30,8 +30,8 @@ class NativeRouting:
     """One layer's choice."""
 
     def __init__(self, rule: RouterRule) -> None:
-        self._k = rule.experts_per_token
-        self._native = _cpu.Router(
+        self.experts_per_token = rule.experts_per_token
+        self.native = _cpu.Router(
             rule.sigmoid,
             [] if rule.bias is None else rule.bias.tolist(),
             rule.groups,
@@ -45,7 +45,7 @@ class NativeRouting:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 [T, E] -> expert ids int64 [T, k], weights float32 [T, k]; a row does not depend on the others."""
-        expert_ids = torch.empty(len(logits), self._k, dtype=torch.int64)
-        weights = torch.empty(len(logits), self._k)
-        self._native.route(array(logits), array(expert_ids), array(weights))
+        expert_ids = torch.empty(len(logits), self.experts_per_token, dtype=torch.int64)
+        weights = torch.empty(len(logits), self.experts_per_token)
+        self.native.route(array(logits), array(expert_ids), array(weights))
         return expert_ids, weights

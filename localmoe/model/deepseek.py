@@ -9,6 +9,8 @@ from torch import Tensor
 
 from localmoe.errors import InputError
 from localmoe.kernels.dispatch import MLP, Kernels
+from localmoe.kernels.experts import ExpertProducts
+from localmoe.kernels.layer import LayerParts, NativeLayer
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache
 from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows, expert_weights
@@ -44,9 +46,24 @@ class Block:
         else:
             self._mlp = _Dense(source, f"{module}.mlp", kernels)
         self._attention_time = kernels.profile.part("attention")
+        self._layer = layer
+        self._native = self._in_one_call(kernels, config.rms_norm_eps)
+
+    def _in_one_call(self, kernels: Kernels, epsilon: float) -> NativeLayer | None:
+        """The whole block of a few tokens as one native call, if every part of it has a native form."""
+        attention, mlp = self._attention.decode, self._mlp
+        if attention is None or not isinstance(mlp.experts, ExpertProducts):
+            return None
+        router = (mlp.router.weight, mlp.router.native) if isinstance(mlp, MoE) else None
+        norms = self._input_norm.weight, self._mlp_norm.weight
+        return kernels.layer(LayerParts(norms[0], attention, norms[1], mlp.experts, epsilon, router))
 
     def __call__(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
-        """x float32 [T, H] -> [T, H]; the layer's part of `cache` gets this pass's tokens."""
+        """x float32 [T, H], which may be overwritten, -> [T, H]; the layer's part of `cache` gets the pass's tokens."""
+        if self._native is not None and positions.path == "absorbed":
+            held = cache.reserve(self._layer, len(x))
+            if self._native.takes(len(x), held):
+                return self._native(x, positions.rotations_flat, held, cache.length)
         with self._attention_time:
             x = x + self._attention(self._input_norm(x), positions, cache)
         return x + self._mlp(self._mlp_norm(x))
@@ -61,6 +78,7 @@ class _Dense:
 
     def __init__(self, source: WeightSource, module: str, kernels: Kernels) -> None:
         self._mlp = MLP(expert_weights(source, module), kernels)
+        self.experts = self._mlp.experts
         self._time = kernels.profile.part("dense")
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -115,7 +115,8 @@ class Attention:
         self._kv_a_norm = RMSNorm(source, f"{module}.kv_a_layernorm", LATENT_NORM_EPS)
         self._o_proj = Linear(source, f"{module}.o_proj", kernels, bias=bias)
         self._kv_b = source.weight(f"{module}.kv_b_proj")  # [A * (n + v), r]
-        self._decode = None if bias else kernels.attention(self._decode_weights(source, module))
+        self.decode = None if bias else kernels.attention(self._decode_weights(source, module))
+        """The same of a few tokens in one native call, where there is one."""
 
     def _decode_weights(self, source: WeightSource, module: str) -> MlaWeights:
         config = self._config
@@ -135,10 +136,10 @@ class Attention:
 
     def __call__(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
         """Attend from `x` [T, H], which is appended to `cache`, to every token there. Returns [T, H]."""
-        if self._decode is not None and positions.path == "absorbed":
+        if self.decode is not None and positions.path == "absorbed":
             held = cache.reserve(self._layer, len(x))
-            if self._decode.takes(len(x), held):
-                return self._decode(x, positions.rotations_flat, held, cache.length)
+            if self.decode.takes(len(x), held):
+                return self.decode(x, positions.rotations_flat, held, cache.length)
         q_nope, q_pe = self._query(x, positions)
         k_b, v_b = self._expansions()
         rows = self._remember(x, positions, cache)  # [S, r + p]

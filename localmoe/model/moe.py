@@ -37,11 +37,12 @@ class Router:
 
     def __init__(self, config: ModelConfig, source: WeightSource, module: str, kernels: Kernels) -> None:
         self._config = config
-        self._logits = kernels.product(source.weight(module))  # [E, H], never rounded, nor are its activations
+        self.weight = source.weight(module)  # [E, H]
+        self._logits = kernels.product(self.weight)  # never rounded, nor are its activations
         self._bias = None
         if config.topk_method == "noaux_tc":
             self._bias = source.tensor(f"{module}.e_score_correction_bias").float()  # [E]
-        self._native = kernels.routing(self.rule())
+        self.native = kernels.routing(self.rule())
 
     def rule(self) -> RouterRule:
         """What `_route_v2` and `_route_v3` do, as numbers."""
@@ -63,7 +64,7 @@ class Router:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float32 [T, H] -> expert ids int64 [T, k], weights float32 [T, k]."""
         logits = self._logits(x)  # [T, E]
-        return self.choose(logits) if self._native is None else self._native(logits)
+        return self.choose(logits) if self.native is None else self.native(logits)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """From float32 logits [T, E], in torch: the truth that the native choice is tested against."""
@@ -115,14 +116,14 @@ class MoE:
     def __init__(
         self, config: ModelConfig, source: WeightSource, module: str, kernels: Kernels, experts: Experts
     ) -> None:
-        self._router = Router(config, source, f"{module}.gate", kernels)
-        self._experts = experts
+        self.router = Router(config, source, f"{module}.gate", kernels)
+        self.experts = experts
         self._routing_time = kernels.profile.part("router")
         self._experts_time = kernels.profile.part("experts")
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [T, H] -> [T, H]."""
         with self._routing_time:
-            expert_ids, weights = self._router(x)
+            expert_ids, weights = self.router(x)
         with self._experts_time:
-            return self._experts(x, expert_ids, weights)
+            return self.experts(x, expert_ids, weights)

@@ -8,7 +8,7 @@ checkpoint still holds its copies of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,12 +34,13 @@ def has_mtp(config: ModelConfig, source: WeightSource) -> bool:
 class MtpLayer:
     """The first MTP layer of a checkpoint, which must have one.
 
-    Its cache has one layer, `cache(capacity)`. Row i there is of the state at token i and of token i + 1, so it holds
-    one token less than the main model's at most.
+    Its cache has one layer, `cache(capacity)`. The row of token i is of the state there and of token i + 1, so it lacks
+    one token of the main model's at least; it may begin later, too.
     """
 
     def __init__(self, model: Model, source: WeightSource, kernels: Kernels, experts: Callable[[int], Experts]) -> None:
         config, module = model.config, mtp_module(model.config)
+        self.width = config.hidden_size
         self._model = model
         self._kernels = kernels
         self._embedding_norm = RMSNorm(source, f"{module}.enorm", config.rms_norm_eps)
@@ -58,33 +59,34 @@ class MtpLayer:
         """An empty latent cache for this layer alone."""
         return LatentCache(self._model.config, capacity, dtype, layers=(self._model.config.num_hidden_layers,))
 
-    def remember(self, states: Tensor, next_ids: Tensor, cache: LatentCache) -> None:
-        """Append the latents of `states` [T, H] with the tokens that came next, int64 [T].
+    def remember(self, states: Tensor, next_ids: Sequence[int], cache: LatentCache, start: int = 0) -> None:
+        """Append the latents of `states` [T, H] with the tokens that came next. `start` is the token that the cache's
+        first row is of.
 
         Only what later tokens attend to is computed: no attention, no experts.
         """
         self._kernels.share_cores(len(states))
-        positions = self._model.positions(cache.length, len(states))
+        positions = self._model.positions(start + cache.length, len(states))
         self._block.remember(self._inputs(states, next_ids), positions, cache)
         cache.advance(len(states))
 
-    def step(self, state: Tensor, next_id: int, cache: LatentCache) -> Tensor:
-        """Append one token and return the layer's own state there, [1, H] -> [1, H]: for `logits`, and for a chained
-        guess in place of the main model's state."""
-        self._kernels.share_cores(1)
-        positions = self._model.positions(cache.length, 1)
-        x = self._block(self._inputs(state, torch.tensor([next_id])), positions, cache)
-        cache.advance(1)
-        return self._norm(x)
+    def step(self, states: Tensor, next_ids: Sequence[int], cache: LatentCache, start: int = 0) -> Tensor:
+        """As `remember`, and return the layer's own state at the last token, [T, H] -> [1, H]: for `logits`, and for a
+        chained guess in place of the main model's state."""
+        self._kernels.share_cores(len(states))
+        positions = self._model.positions(start + cache.length, len(states))
+        x = self._block(self._inputs(states, next_ids), positions, cache)
+        cache.advance(len(states))
+        return self._norm(x[-1:])
 
     def logits(self, state: Tensor) -> Tensor:
         """Float32 logits [1, V] of the token after the next, from what `step` returned."""
         return self._model.logits(state) if self._head is None else self._head(state)
 
-    def _inputs(self, states: Tensor, next_ids: Tensor) -> Tensor:
+    def _inputs(self, states: Tensor, next_ids: Sequence[int]) -> Tensor:
         """[T, H] and the following tokens [T] -> the block's input [T, H]."""
-        own = self._embedding
-        embedded = self._model.embed(next_ids) if own is None else embedding_rows(own, next_ids)
+        own, ids = self._embedding, torch.tensor(next_ids)
+        embedded = self._model.embed(ids) if own is None else embedding_rows(own, ids)
         return self._projection(torch.cat((self._embedding_norm(embedded), self._state_norm(states)), dim=1))
 
 

@@ -122,7 +122,7 @@ class LayerSizes:
 @dataclass(frozen=True)
 class ModelSizes:
     """A whole checkpoint. `head` has the final norm with it and is the embedding itself where they are tied (then
-    `embedding` is 0); `mtp` is carried in the files and not run."""
+    `embedding` is 0); `mtp` only guesses, if anything."""
 
     layers: tuple[LayerSizes, ...]
     embedding: int

@@ -180,6 +180,12 @@ class CardExperts:
         if self._refresh is not None:
             self._refresh.between_passes()
 
+    def expect(self, uses: Tensor) -> None:
+        """Let experts change places as if they had just been used so, [L, E]: a conversation is taken up again."""
+        tokens = float(uses.sum(1).max()) / self._config.num_experts_per_tok
+        if self._refresh is not None and tokens > 0:
+            self._refresh.expect(uses, tokens)
+
     def uses(self) -> Tensor:
         """int64 [L, E] in CPU memory: how often each expert fired. Layers that are not on the card are not counted."""
         return self._uses.cpu().long()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from localmoe.model.moe import Experts
+from localmoe.kernels.experts import ExpertProducts
 
 
 class ExpertCounts:
@@ -17,12 +17,13 @@ class ExpertCounts:
         self._experts = experts
         self._uses: dict[int, Tensor] = {}  # layer: int64 [E]
 
-    def watching(self, layer: Callable[[int], Experts]) -> Callable[[int], Experts]:
+    def watching(self, layer: Callable[[int], ExpertProducts]) -> Callable[[int], ExpertProducts]:
         """`layer`, which hands out a layer's experts, with each of them counted from now on."""
 
-        def handed_out(index: int) -> Experts:
-            uses = self._uses.setdefault(index, torch.zeros(self._experts, dtype=torch.int64))
-            return _Counted(layer(index), uses)
+        def handed_out(index: int) -> ExpertProducts:
+            products = layer(index)
+            products.uses = self._uses.setdefault(index, torch.zeros(self._experts, dtype=torch.int64))
+            return products
 
         return handed_out
 
@@ -34,15 +35,3 @@ class ExpertCounts:
         """Begin again at zero."""
         for uses in self._uses.values():
             uses.zero_()
-
-
-class _Counted:
-    """One layer's experts, whose uses are added to `uses` [E]."""
-
-    def __init__(self, experts: Experts, uses: Tensor) -> None:
-        self._experts = experts
-        self._uses = uses
-
-    def __call__(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        self._uses += torch.bincount(expert_ids.flatten(), minlength=len(self._uses))
-        return self._experts(hidden, expert_ids, weights)

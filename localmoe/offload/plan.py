@@ -335,7 +335,7 @@ def _rest(subject: Subject) -> list[Share]:
     row = sizes.embedding // config.vocab_size
     return [
         _share("embedding", "ram", sizes.embedding, "mapped", f"a token reads one row of {row:,} bytes"),
-        _share("MTP layers", "disk", sizes.mtp, "", "carried in the files, not run"),
+        _share("MTP layers", "disk", sizes.mtp, "", "they guess tokens where that pays; not reckoned with"),
     ]
 
 

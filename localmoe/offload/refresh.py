@@ -85,6 +85,10 @@ class Refresh:
             loading = self._executor.submit(layer.load, slot, swap.comes)
             self._coming.append(_Coming(swap.layer, slot, generation, swap.comes, loading))
 
+    def expect(self, uses: Tensor, tokens: float) -> None:
+        """Count the uses [L, E] by so many tokens of an earlier time as recent ones: by as many as are remembered."""
+        self._recent += uses.double() * min(1.0, EVERY / (1 - _FADE) / tokens)
+
     def close(self) -> None:
         """Wait for what is under way; slots that were being filled stay empty."""
         self._executor.shutdown(wait=True, cancel_futures=True)

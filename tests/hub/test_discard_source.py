@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from localmoe.cli.app import main
-from localmoe.errors import LocalMoeError, StorageError, UsageError, VerificationError
+from localmoe.errors import GateError, LocalMoeError, StorageError, UsageError, VerificationError
 from localmoe.hub import ModelRef, cache, pull
 from localmoe.hub.download import pull_without_weights
 from quantize import discard
 from quantize.discard import SCRATCH_NAME, peak_bytes, quantize_from_hub
+from quantize.following import Following
+from quantize.gate import Gate
 from quantize.progress import Progress
 
 REPO = "maker/Tiny-MoE"
@@ -57,7 +59,7 @@ def test_the_output_is_the_ordinary_one_and_the_source_is_gone(hub, tmp_path, or
         nonlocal most
         scratch = output / SCRATCH_NAME
         if scratch.is_dir():
-            most = max(most, sum(map(size_or_gone, scratch.iterdir())))
+            most = max(most, sum(map(size_or_gone, scratch.glob("model-*"))))
 
     report = run(output, progress=watch)
     found, wanted = contents(output), contents(ordinary)
@@ -68,8 +70,8 @@ def test_the_output_is_the_ordinary_one_and_the_source_is_gone(hub, tmp_path, or
     assert manifest["tensors"] == theirs["tensors"]
     assert manifest["source"]["files"] == theirs["source"]["files"]
     assert (manifest["source"]["name"], manifest["source"]["revision"]) == (REPO, hub.commit)
-    assert manifest["measured"]["perplexity"] == theirs["measured"]["perplexity"]
-    assert manifest["measured"]["kld_mean"] is None
+    assert manifest["measured"] == theirs["measured"]
+    assert manifest["notes"] == theirs["notes"]
     assert bodies(hub) == set(SHARDS)
     assert 0 < most <= foreseen[0] < sum(len(hub.files[name]) for name in SHARDS)
     snapshot = cache.repo_directory(REPO) / "snapshots" / hub.commit
@@ -89,10 +91,10 @@ def test_an_interrupted_run_pulls_no_finished_shard_again(hub, tmp_path, ordinar
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(output, progress=interrupt, gate=False)
+        run(output, progress=interrupt, gate=None)
     assert not (output / "localmoe.json").exists()
     hub.forget_requests()
-    report = run(output, gate=False)
+    report = run(output, gate=None)
     assert report.resumed_bytes > 0
     assert SHARDS[0] not in bodies(hub)
     for name in ("model.safetensors", "config.json", "model.safetensors.index.json"):
@@ -100,16 +102,79 @@ def test_an_interrupted_run_pulls_no_finished_shard_again(hub, tmp_path, ordinar
     assert not (output / SCRATCH_NAME).exists()
 
 
+def test_an_interrupted_measure_runs_no_layer_again(hub, tmp_path, ordinary, monkeypatch):
+    output = tmp_path / "output"
+    ran: list[int] = []
+    honest = Following.run
+
+    def run_step(self: Following, step: int) -> None:
+        if step == 3 and not ran.count(-1):
+            ran.append(-1)
+            raise KeyboardInterrupt
+        ran.append(step)
+        honest(self, step)
+
+    monkeypatch.setattr(Following, "run", run_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(output)
+    assert ran == [0, 1, 2, -1]
+    run(output)
+    assert ran[4:] == [3, 4, 5, 6]  # step 0 is the embedding
+    found, theirs = (json.loads((path / "localmoe.json").read_text()) for path in (output, ordinary))
+    assert found["measured"] == theirs["measured"]
+    assert not (output / SCRATCH_NAME).exists()
+
+
+def test_the_gate(hub, tmp_path):
+    output = tmp_path / "output"
+    with pytest.raises(GateError, match=r"above --gate 0\.001"):
+        run(output, gate=Gate(0.001))
+    assert not (output / "localmoe.json").exists()
+    hub.forget_requests()
+    assert run(output, gate=Gate(0.1)).manifest.measured.kld_mean > 0.001
+    assert not bodies(hub)  # nothing was pulled again, and nothing made again
+    with pytest.raises(GateError):  # of an output that is there
+        run(output, gate=Gate(0.001))
+
+
+def test_a_disk_without_room_for_a_layer_measures_the_perplexity_alone(hub, tmp_path, monkeypatch):
+    def room(output: Path, decided, shards, checkpoint, following) -> int:
+        sizes = {file.name: file.size for file in shards.found.weights}
+        uses = discard.uses_of(decided.reading_order, checkpoint, following)
+        states = 2 * following.states_bytes if following is not None else 0
+        return sum(unit.nbytes for unit in decided.units) + peak_bytes([use.files for use in uses], sizes) + states
+
+    honest = discard._has_space
+
+    def tight(*given, optional):
+        free = room(*given[:-1], None)
+        assert free < room(*given)
+        monkeypatch.setattr(discard.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+        return honest(*given, optional=optional)
+
+    monkeypatch.setattr(discard, "_has_space", tight)
+    with pytest.raises(StorageError, match="shards under way"):
+        run(tmp_path / "strict", gate=Gate(0.1))
+    manifest = run(tmp_path / "output").manifest
+    assert manifest.measured.kld_mean is None
+    (note,) = [note for note in manifest.notes if "divergence" in note]
+    assert note == (
+        "only the perplexity was measured, not the divergence from the source: "
+        "the disk does not hold a layer of the source beside the output"
+    )
+    assert note in (tmp_path / "output" / "README.md").read_text()
+
+
 def test_a_cut_connection_goes_on(hub, tmp_path, ordinary):
     hub.cuts = {SHARDS[2]: [len(hub.files[SHARDS[2]]), 900_000, 400_000]}  # the first answer is the header's
-    run(tmp_path / "output", gate=False)
+    run(tmp_path / "output", gate=None)
     assert (tmp_path / "output" / "model.safetensors").read_bytes() == (ordinary / "model.safetensors").read_bytes()
 
 
 def test_a_shard_that_was_pulled_before_is_used_and_stays(hub, tmp_path, ordinary):
     path = pull(ModelRef(REPO, None, None)).path
     hub.forget_requests()
-    run(tmp_path / "output", gate=False)
+    run(tmp_path / "output", gate=None)
     assert not hub.sent.keys() & set(SHARDS)
     assert all((path / name).is_file() for name in SHARDS)
     assert (tmp_path / "output" / "model.safetensors").read_bytes() == (ordinary / "model.safetensors").read_bytes()
@@ -120,7 +185,7 @@ def test_bytes_that_are_not_the_listed_ones_are_refused(hub, tmp_path):
     data[-1] ^= 1
     hub.other_bytes = {SHARDS[1]: bytes(data)}
     with pytest.raises(VerificationError, match=SHARDS[1]):
-        run(tmp_path / "output", gate=False)
+        run(tmp_path / "output", gate=None)
     assert not (tmp_path / "output" / "localmoe.json").exists()
     assert not (tmp_path / "output" / "model.safetensors").exists()
 
@@ -142,9 +207,13 @@ def test_the_most_bytes_at_a_time_by_hand():
 
 
 def test_what_cannot_be_had_without_the_source(hub, tmp_path, capsys, monkeypatch):
-    for flags in (["--method", "gptq"], ["--gate", "0.05"]):
+    for flags in (["--method", "gptq"], ["--round-scales"]):
         status = main(["quantize", REPO, "-o", str(tmp_path / "output"), "--discard-source", *flags])
         assert (status, "never has the whole source" in capsys.readouterr().err) == (2, True)
+    assert main(["quantize", REPO, "--revision", "main"]) == 2
+    assert "--revision goes with --discard-source" in capsys.readouterr().err
+    assert main(["quantize", REPO, "--discard-source", "--revision", "no/../such"]) == 2
+    assert "not a branch, tag or commit" in capsys.readouterr().err
     assert main(["quantize", "demo", "-o", str(tmp_path / "output"), "--discard-source"]) == 2
     assert "not on the hub" in capsys.readouterr().err
     with pytest.raises(UsageError):
@@ -159,8 +228,10 @@ def test_what_cannot_be_had_without_the_source(hub, tmp_path, capsys, monkeypatc
 
 def test_the_command(hub, tmp_path, capsys, ordinary):
     output = tmp_path / "output"
-    assert main(["quantize", REPO, "-o", str(output), "--discard-source", "--json"]) == 0
+    command = ["quantize", REPO, "-o", str(output), "--discard-source"]
+    assert main([*command, "--revision", "v9"]) == 1
+    assert "has no revision v9" in capsys.readouterr().err
+    assert main([*command, "--json", "--gate", "0.1", "--revision", "v1"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["measured"]["perplexity"] > 1
-    assert record["measured"]["kld_mean"] is None
+    assert 0 < record["measured"]["kld_mean"] < 0.05
     assert (output / "model.safetensors").read_bytes() == (ordinary / "model.safetensors").read_bytes()

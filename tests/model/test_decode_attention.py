@@ -137,15 +137,17 @@ def test_an_int8_cache_is_read_as_torch_reads_it(tier: str, context: int, count:
     assert (rows != same).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize(("context", "count"), [(0, 1), (1, 2), (300, 4), (700, 1)])
-@pytest.mark.parametrize("heads", [5, 11, 19])
-def test_an_int8_cache_in_integers_costs_the_querys_rounding(context: int, count: int, heads: int) -> None:
-    """Ranks of whole 64s on AVX-512: queries rounded to 1/127 of the largest of 64, about what the cache's own rounding
-    costs: 0.3 to 1.4 % of the norm; 2 % is a bound."""
+@pytest.mark.parametrize("heads", [5, 8, 11, 19])
+def test_an_int8_cache_in_integers_costs_the_querys_rounding(tier: str, context: int, count: int, heads: int) -> None:
+    """Ranks of whole 64s. AVX-512 rounds queries to 1/127 of the largest of 64, about what the cache's own rounding
+    costs: 0.3 to 1.4 % of the norm; 2 % is a bound. AVX2 rounds them to 1/16383: what is left is rows that lie between
+    two steps of the cache, 1e-3 as above."""
     changes = {"kv_lora_rank": 192, "num_attention_heads": heads}
-    ours = Layer("bf16", cpu.available_tiers()[-1], context, torch.int8, **changes)
+    ours = Layer("bf16", tier, context, torch.int8, **changes)
     wanted = Layer("bf16", "reference", context, torch.int8, **changes)
-    assert error(ours(tokens(count)), wanted(tokens(count))) < 2e-2
+    assert error(ours(tokens(count)), wanted(tokens(count))) < (2e-2 if tier == "avx512" else 1e-3)
 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())

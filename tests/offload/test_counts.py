@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import localmoe
+from localmoe.formats.weights import DenseWeight
+from localmoe.kernels.dispatch import Kernels
 from localmoe.offload.counts import ExpertCounts
 
 
@@ -26,19 +29,12 @@ def test_every_choice_is_counted_and_the_logits_are_the_same() -> None:
     assert sum(map(sum, counts.uses().values())) == 0
 
 
-def test_the_experts_counted_are_those_that_were_named() -> None:
-    seen = []
-
-    def layer(index: int):
-        def experts(hidden, expert_ids, weights):
-            seen.append(index)
-            return hidden
-
-        return experts
-
+@pytest.mark.parametrize("kernels", ["reference", "portable"])
+def test_the_experts_counted_are_those_that_were_named(kernels: str) -> None:
+    weight = DenseWeight(torch.ones(8, 8, dtype=torch.bfloat16))
+    products = Kernels.choose(kernels, threads=1).experts(4, lambda _: (weight, weight, weight))
     counts = ExpertCounts(4)
-    watched = counts.watching(layer)(3)
+    watched = counts.watching(lambda _: products)(3)
     watched(torch.ones(2, 8), torch.tensor([[0, 2], [2, 3]]), torch.ones(2, 2))
     watched(torch.ones(1, 8), torch.tensor([[2, 1]]), torch.ones(1, 2))
-    assert seen == [3, 3]
     assert counts.uses() == {3: [1, 1, 3, 1]}

@@ -117,6 +117,23 @@ def test_the_hot_ones_come_in_and_what_runs_never_reads_half() -> None:
     refresh.close()
 
 
+def test_what_an_opened_session_used_comes_in() -> None:
+    layer, counts, later = Layer(4, [0]), torch.zeros(1, 4, dtype=torch.int32), Later()
+    refresh = Refresh({0: layer}, counts, later)
+    refresh.expect(torch.tensor([[0.0, 0.0, 1e6, 0.0]]), 1e6)
+    passes(refresh, EVERY)
+    later.run()
+    passes(refresh, 1)
+    assert layer.table.slot_of(2) == 0
+    for _ in range(3):  # a million of long ago weigh as much as what was remembered lately
+        counts[0, 3] += 2 * EVERY
+        passes(refresh, EVERY)
+        later.run()
+        passes(refresh, 1)
+    assert layer.table.slot_of(3) == 0
+    refresh.close()
+
+
 def test_a_load_that_fails_leaves_its_experts_to_the_cpu() -> None:
     layer, counts, later = Layer(4, [0]), torch.zeros(1, 4, dtype=torch.int32), Later()
     refresh = Refresh({0: layer}, counts, later)

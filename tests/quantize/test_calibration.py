@@ -15,7 +15,7 @@ from localmoe.formats.manifest import Manifest
 from localmoe.formats.scheme import Scheme
 from quantize import calibration, stream
 from quantize.calibration import DEFAULT_TEXT, WINDOW, Statistics, windows_of
-from quantize.methods import choose
+from quantize.methods import choose, error_through
 from quantize.pipeline import quantize
 from quantize.progress import Progress
 
@@ -100,6 +100,16 @@ def test_auto_is_never_worse_than_rounding_on_the_calibration_inputs(tokens: int
     auto, rtn = (choose(weight, Scheme("int4", 32), statistics, method) for method in ("auto", "rtn"))
     assert auto.output_error <= rtn.output_error
     assert auto.method == {0: "mse", 8: "weighted", 400: "gptq"}[tokens]
+
+
+def test_the_error_through_the_inputs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    matrix, inputs = torch.randn(600, 300, generator=generator), torch.randn(90, 300, generator=generator)
+    exact = float((inputs.double() @ matrix.double().T).square().sum())
+    found = error_through(matrix, inputs.T @ inputs)
+    assert found == pytest.approx(exact, rel=1e-5)
+    enough = 0.1 * exact  # what is seen to be more than that need not be known
+    assert enough < error_through(matrix, inputs.T @ inputs, enough) < 0.7 * exact
 
 
 def test_texts(demo: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.gptq import DAMPING, gptq, refit
+from quantize.gptq import DAMPING, gptq, inverse_factor, refit
 from quantize.quantizers import group_scales
 
 FORMS = {"int4": int4, "int8": int8}
@@ -52,7 +52,7 @@ def output_error(weight: Tensor, q: Tensor, scale: Tensor, inputs: Tensor, schem
 def test_equals_the_plain_implementation(scheme: Scheme) -> None:
     weight, inputs = problem()
     hessian = inputs.T @ inputs
-    q, scale = gptq(weight, hessian, scheme)
+    q, scale = gptq(weight, inverse_factor(hessian), scheme)
     slow_q, slow_scale = slow_gptq(weight, hessian, scheme)
     # float32 against float64: a close rounding may fall the other way, and what follows it shifts
     assert (q == slow_q).float().mean() > 0.98
@@ -69,7 +69,7 @@ def test_loses_less_of_the_output_than_rounding() -> None:
     weighted = group_scales(weight, scheme, "mse", hessian.diagonal() / len(inputs))[0]
     for name, scale in (("plain", plain), ("weighted", weighted)):
         errors[name] = output_error(weight, int4.quantize(weight, scale, 32), scale, inputs, scheme)
-    errors["gptq"] = output_error(weight, *gptq(weight, hessian, scheme), inputs, scheme)
+    errors["gptq"] = output_error(weight, *gptq(weight, inverse_factor(hessian), scheme), inputs, scheme)
     assert errors["weighted"] < errors["plain"]
     assert errors["gptq"] < 0.6 * errors["plain"]
 
@@ -91,7 +91,7 @@ def test_refitted_scales_are_nearly_the_best_for_their_integers() -> None:
     scheme = Scheme("int4", 32)
     weight, inputs = problem(16)
     hessian = inputs.T @ inputs
-    q, scale = gptq(weight, hessian, scheme)
+    q, scale = gptq(weight, inverse_factor(hessian), scheme)
     fitted = refit(weight, q, scale, hessian, scheme)
     before, after = (output_error(weight, q, found, inputs, scheme) for found in (scale, fitted))
     best = 0.0
@@ -113,14 +113,24 @@ def test_inputs_that_never_came_and_rows_of_zeros() -> None:
     weight, inputs = problem()
     weight[3] = 0
     inputs[:, 40:60] = 0
-    q, scale = gptq(weight, inputs.T @ inputs, scheme)
+    q, scale = gptq(weight, inverse_factor(inputs.T @ inputs), scheme)
     assert (q[3] == 0).all()
     assert scale.isfinite().all()
-    alone, _ = gptq(weight, torch.zeros(192, 192), scheme)  # nothing is known: plain rounding
+    alone, _ = gptq(weight, inverse_factor(torch.zeros(192, 192)), scheme)  # nothing is known: plain rounding
     assert torch.equal(alone, int4.quantize(weight, group_scales(weight, scheme, "mse")[0], 32))
+
+
+def test_the_factor_is_that_of_the_damped_inverse() -> None:
+    _, inputs = problem(width=320)  # more columns than are inverted at once
+    hessian = (inputs.T @ inputs).double()
+    factor = inverse_factor(hessian.float()).double()
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(320, dtype=torch.float64)
+    wanted = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert torch.equal(factor, factor.triu())
+    assert (factor - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_deterministic() -> None:
     weight, inputs = problem()
-    first = gptq(weight, inputs.T @ inputs, Scheme("int4", 32))
-    assert all(map(torch.equal, first, gptq(weight, inputs.T @ inputs, Scheme("int4", 32))))
+    first = gptq(weight, inverse_factor(inputs.T @ inputs), Scheme("int4", 32))
+    assert all(map(torch.equal, first, gptq(weight, inverse_factor(inputs.T @ inputs), Scheme("int4", 32))))

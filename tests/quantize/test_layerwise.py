@@ -13,7 +13,7 @@ from torch import Tensor
 import localmoe
 from localmoe.errors import InputError
 from localmoe.formats.checkpoint import ReadingCheckpoint
-from quantize.layerwise import LayerByLayer, Statistics
+from quantize.layerwise import LayerByLayer, Statistics, second_moment
 
 WINDOWS = [[0, 5, 6, 7, 8], [0, 9, 10], [0, 11]]
 
@@ -49,6 +49,28 @@ def test_what_is_quantized_is_what_the_rest_sees(demo: Path) -> None:
     deaf = moments(demo, wanted, lambda name: torch.zeros(256, 128) if name.endswith("o_proj") else None)
     assert torch.equal(deaf[f"{layer}.self_attn.o_proj"].hessian, plain[f"{layer}.self_attn.o_proj"].hessian)
     assert not torch.equal(deaf[f"{layer}.mlp.gate_proj"].hessian, plain[f"{layer}.mlp.gate_proj"].hessian)
+
+
+def test_a_run_goes_on_from_the_states_of_another(demo: Path) -> None:
+    def nothing(name: str, statistics: Statistics) -> None:
+        raise AssertionError(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        whole = LayerByLayer(ReadingCheckpoint.open(demo), WINDOWS, pool)
+        for layer in range(3):
+            assert not list(whole.advance(layer, nothing))
+        later = LayerByLayer(ReadingCheckpoint.open(demo), WINDOWS, pool, states=whole.states.clone())
+        for layer in range(3, 6):
+            assert not list(whole.advance(layer, nothing))
+            assert not list(later.advance(layer, nothing))
+        assert all(map(torch.equal, whole.logits(), later.logits()))
+
+
+def test_second_moments_are_symmetric_and_those_of_all_rows() -> None:
+    rows = torch.randn(70, 600, generator=torch.Generator().manual_seed(1))  # more columns than are computed at a time
+    moment = second_moment(rows.split(32))
+    assert torch.equal(moment, moment.T)
+    assert torch.allclose(moment, rows.T @ rows, atol=1e-4)
 
 
 def test_tokens_that_the_model_does_not_have(demo: Path) -> None:

@@ -95,6 +95,19 @@ def test_rows_that_the_group_does_not_divide_stay_and_are_named(make_source: Cal
     assert r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.down_proj$" in ignored
 
 
+def test_what_other_engines_cannot_load_packed_stays(make_source: Callable[..., Path]) -> None:
+    module = "model.layers.0.mlp.down_proj"  # rows of 288 = 2.25 x 128
+    source = make_source()
+    kept = {recipe: {job.unit.name: job.scheme for job in planned(source, recipe).jobs} for recipe in RECIPES}
+    assert kept["balanced"][f"{module}.weight"] is None
+    assert kept["compact"][module] == Scheme("int4", 32)
+    assert kept["nf4"][module] == Scheme("int8", 32)
+    assert kept["balanced"]["model.layers.1.mlp.shared_experts.down_proj"] == Scheme("int8", 32)
+    note = "model.layers.*.mlp.down_proj (1 of them) stays unquantized: its rows of 288 are not a multiple of 128"
+    assert f"{note}, which SGLang needs" in planned(source, "balanced").notes
+    assert RECIPES["balanced"].for_model({"intermediate_size": 18432}) == RECIPES["balanced"]
+
+
 def test_equal_copies_of_embedding_and_head_are_dropped(make_source: Callable[..., Path]) -> None:
     decided = planned(make_source(), "balanced")
     names = {job.source.name for job in decided.jobs}

@@ -45,6 +45,7 @@ void quantize_activations(const float* x, int64_t n, Form form, Block& block) {
   for (int64_t group = 0; group < kBlock / kQuantGroup; ++group) {
     const int64_t start = group * kQuantGroup;
     block.scale[group] = start < n ? round_group_of(x, n, start, q + start) * unit_of(form) : 0.0f;
+    std::fill_n(block.spread + 4 * group, 4, block.scale[group]);
   }
   for (int64_t i = 0; i < kBlock / 2; ++i) {
     block.q[i] = apart ? q[2 * i] : q[i];

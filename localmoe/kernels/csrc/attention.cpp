@@ -3,20 +3,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layer.h"
+
 namespace localmoe {
 
 namespace {
-
-// x / sqrt(mean(x^2) + epsilon) * weight, in place. Eight sums: shorter chains of rounding.
-void rms_norm(float* x, const std::vector<float>& weight, float epsilon) {
-  const auto n = static_cast<int64_t>(weight.size());
-  float squares[8] = {};
-  for (int64_t i = 0; i < n; ++i) squares[i % 8] += x[i] * x[i];
-  float sum = 0.0f;
-  for (const float square : squares) sum += square;
-  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(n) + epsilon);
-  for (int64_t i = 0; i < n; ++i) x[i] *= factor * weight[i];
-}
 
 // Pairs (x[2i], x[2i + 1]) times complex rotations.
 void rotate(const float* x, const float* rotations, int64_t width, float factor, float* y) {
@@ -100,8 +91,10 @@ void AttentionWorkspace::project(const Tier& tier, ThreadPool& pool, const MlaLa
   pool.barrier();
   if (!layer.query_down) return;
   const int64_t rank = layer.query_down->out;
-  for (int64_t t = thread; t < tokens_; t += pool.threads())
-    rms_norm(low_.data() + t * rank, layer.query_norm, layer.epsilon);
+  for (int64_t t = thread; t < tokens_; t += pool.threads()) {
+    float* low = low_.data() + t * rank;
+    rms_norm(low, layer.query_norm, layer.epsilon, low);
+  }
   pool.barrier();
   query_.round(low_.data(), rank);
   pool.barrier();
@@ -113,7 +106,7 @@ void AttentionWorkspace::remember(const VectorOps& ops, const MlaLayer& layer, c
                                   const float* rotations) {
   for (int64_t t = 0; t < tokens_; ++t) {
     float* row = rows_.data() + t * cache.width;
-    rms_norm(row, layer.latent_norm, layer.epsilon);
+    rms_norm(row, layer.latent_norm, layer.epsilon, row);
     rotate(row + layer.rank, rotations + t * layer.rope, layer.rope, 1.0f, row + layer.rank);
     ops.store_row(cache, start + t, row);
   }

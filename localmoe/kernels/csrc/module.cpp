@@ -15,113 +15,18 @@
 #include "driver.h"
 #include "experts.h"
 #include "kernels.h"
-#include "router.h"
+#include "layer.h"
+#include "parts.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace localmoe {
+
+void bind_scales(nb::module_&);  // scales.cpp
+
 namespace {
-
-// One layer's routed experts, set one by one as they are first used, and its shared expert.
-class Experts {
- public:
-  explicit Experts(int64_t count) : routed_(count) {}
-
-  bool has(int64_t index) const { return routed_.at(index).has_value(); }
-
-  void set(int64_t index, const OwnedMatrix& gate, const OwnedMatrix& up, const OwnedMatrix& down) {
-    routed_.at(index) = own(gate, up, down);
-  }
-
-  void set_shared(const OwnedMatrix& gate, const OwnedMatrix& up, const OwnedMatrix& down) {
-    shared_ = own(gate, up, down);
-  }
-
-  const std::vector<std::optional<Mlp>>& routed() const { return routed_; }
-  const Mlp* shared() const { return shared_ ? &*shared_ : nullptr; }
-
- private:
-  Mlp own(const OwnedMatrix& gate, const OwnedMatrix& up, const OwnedMatrix& down) {
-    require(gate.view.form == up.view.form && gate.view.out == up.view.out && gate.view.in == up.view.in,
-            "gate and up are not alike");
-    require(down.view.in == gate.view.out && down.view.out == gate.view.in, "down does not fit gate and up");
-    for (const OwnedMatrix* matrix : {&gate, &up, &down}) owners_.push_back(*matrix);
-    return {gate.view, up.view, down.view};
-  }
-
-  std::vector<std::optional<Mlp>> routed_;
-  std::optional<Mlp> shared_;
-  std::vector<OwnedMatrix> owners_;
-};
-
-// One layer's attention weights.
-class Attention {
- public:
-  Attention(const OwnedMatrix& query, const OwnedMatrix& latent, const OwnedMatrix& expand, const OwnedMatrix& output,
-            std::vector<float> latent_norm, int64_t heads, int64_t nope, float scale, float epsilon)
-      : owners_{query, latent, expand, output} {
-    layer_.query = query.view;
-    layer_.latent = latent.view;
-    layer_.expand = expand.view;
-    layer_.output = output.view;
-    layer_.latent_norm = std::move(latent_norm);
-    layer_.heads = heads;
-    layer_.nope = nope;
-    layer_.rank = expand.view.in;
-    layer_.rope = latent.view.out - layer_.rank;
-    layer_.value = heads > 0 ? expand.view.out / heads - nope : 0;
-    layer_.scale = scale;
-    layer_.epsilon = epsilon;
-    require(heads > 0 && nope > 0 && layer_.rope > 0 && layer_.rope % 2 == 0 && layer_.value > 0 &&
-                expand.view.out == heads * (nope + layer_.value) && query.view.out == heads * (nope + layer_.rope) &&
-                output.view.in == heads * layer_.value &&
-                static_cast<int64_t>(layer_.latent_norm.size()) == layer_.rank,
-            "the attention's matrices do not fit each other");
-    require(expand.view.form != Form::kInt4 && expand.view.form != Form::kNf4, "kv_b_proj cannot be 4-bit");
-  }
-
-  void set_query_down(const OwnedMatrix& matrix, std::vector<float> norm) {
-    require(matrix.view.out == layer_.query.in && static_cast<int64_t>(norm.size()) == matrix.view.out,
-            "q_a_proj does not fit q_b_proj");
-    owners_.push_back(matrix);
-    layer_.query_down = matrix.view;
-    layer_.query_norm = std::move(norm);
-  }
-
-  const MlaLayer& layer() const { return layer_; }
-
- private:
-  std::vector<OwnedMatrix> owners_;
-  MlaLayer layer_{};
-};
-
-// One layer's choice of experts.
-class Router {
- public:
-  Router(bool sigmoid, std::vector<float> bias, int64_t groups, int64_t kept, int64_t best, float outside, int64_t k,
-         bool normalised, float factor)
-      : rule_{sigmoid, std::move(bias), groups, kept, best, outside, k, normalised, factor} {
-    require(groups > 0 && kept > 0 && kept <= groups && best > 0 && k > 0, "the router's numbers do not fit");
-  }
-
-  void route(const Rows<float>& logits, const nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& ids,
-             const Result& weights) const {
-    const int64_t tokens = extent(logits, 0), experts = extent(logits, 1);
-    require(extent(ids, 0) == tokens && extent(weights, 0) == tokens && extent(ids, 1) == rule_.k &&
-                extent(weights, 1) == rule_.k,
-            "ids or weights have another shape");
-    require(rule_.k <= experts && experts % rule_.groups == 0 &&
-                (rule_.bias.empty() || static_cast<int64_t>(rule_.bias.size()) == experts),
-            "the logits have another width");
-    nb::gil_scoped_release released;
-    localmoe::route(rule_, logits.data(), tokens, experts, ids.data(), weights.data());
-  }
-
- private:
-  RouterRule rule_;
-};
 
 // A tier, a team of threads and their memory. One call at a time: others wait.
 class Kernels {
@@ -131,25 +36,12 @@ class Kernels {
 
   void linear(const Rows<float>& x, const OwnedMatrix& weight, const Result& y) {
     const Matrix& matrix = weight.view;
-    const int64_t tokens = extent(x, 0), blocks = (matrix.in + kBlock - 1) / kBlock;
+    const int64_t tokens = extent(x, 0);
     require(extent(x, 1) == matrix.in, "x and weight disagree on in_features");
     require(extent(y, 0) == tokens && extent(y, 1) == matrix.out, "the result has another shape");
     nb::gil_scoped_release released;
     std::lock_guard lock(mutex_);
-    operand_.shape(tier_, matrix.form, tokens, matrix.in, tokens > kMatvecTokens);
-    rounding_.reset(tokens * blocks, 4);
-    rows_.reset(matrix.out, rows_at_a_time(matrix, pool_.threads()));
-    pool_.run([&](int) {
-      rounding_.take([&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i)
-          operand_.set(i / blocks, i % blocks, x.data() + i / blocks * matrix.in);
-      });
-      pool_.barrier();
-      rows_.take([&](int64_t first, int64_t last) {
-        operand_.multiply(tier_, matrix, first, last, y.data() + first, matrix.out,
-                          matrix.row(last + (last - first) * (pool_.threads() - 1)));
-      });
-    });
+    product(matrix, x.data(), tokens, y.data());
   }
 
   // Bytes a second that the whole team reads of `memory`, once from end to end.
@@ -196,12 +88,79 @@ class Kernels {
 
   // y = the attention output of x, whose rows are written to `cache` at `start` and after.
   void attention(const Attention& attention, const Rows<float>& x, const Rows<float>& rotations,
-                 const nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>& cache, int64_t start,
-                 const Result& y) {
+                 const CacheRows& cache, int64_t start, const Result& y) {
     const MlaLayer& layer = attention.layer();
-    const int64_t tokens = extent(x, 0), width = layer.rank + layer.rope;
+    const int64_t tokens = extent(x, 0);
     require(extent(x, 1) == layer.latent.in && extent(y, 1) == layer.output.out && extent(y, 0) == tokens,
             "x or the result has another shape");
+    const LatentRows latents = rows(layer, cache, start, tokens, rotations);
+    nb::gil_scoped_release released;
+    std::lock_guard lock(mutex_);
+    attention_.forward(tier_, pool_, layer, latents, start, x.data(), rotations.data(), tokens, y.data());
+  }
+
+  // x becomes the layer's output; its rows are written to `cache` at `start` and after. False where an expert that the
+  // router chose has not been set: x is then what attention left, `normed` what the experts take, and `ids` and
+  // `weights` say which; `finish` does the rest.
+  bool layer(const Layer& layer, const Result& x, const Rows<float>& rotations, const CacheRows& cache, int64_t start,
+             const Result& normed, const Ids& ids, const Result& weights) {
+    const int64_t tokens = extent(x, 0), width = layer.width();
+    check(layer, x, normed, ids, weights);
+    require(tokens <= kMatvecTokens, "a layer takes few tokens");
+    const LatentRows latents = rows(layer.attention(), cache, start, tokens, rotations);
+    nb::gil_scoped_release released;
+    std::lock_guard lock(mutex_);
+    Marks marks;
+    out_.resize(std::max<size_t>(out_.size(), tokens * width));
+    norm(x.data(), layer.attention_norm(), layer.epsilon(), tokens, normed.data());
+    attention_.forward(tier_, pool_, layer.attention(), latents, start, normed.data(), rotations.data(), tokens,
+                       out_.data());
+    add(x.data(), out_.data(), tokens * width);
+    marks.mark(seconds_.attention);
+    norm(x.data(), layer.mlp_norm(), layer.epsilon(), tokens, normed.data());
+    if (layer.router() != nullptr) {
+      const int64_t count = layer.router_matrix().out;
+      logits_.resize(std::max<size_t>(logits_.size(), tokens * count));
+      product(layer.router_matrix(), normed.data(), tokens, logits_.data());
+      route(layer.router()->rule(), logits_.data(), tokens, count, ids.data(), weights.data());
+      marks.mark(seconds_.router);
+    }
+    return finish_here(layer, x.data(), normed.data(), {ids.data(), weights.data(), layer.k()}, tokens, marks);
+  }
+
+  // The experts' part of `layer`, once they have been set; false again if one has not.
+  bool finish(const Layer& layer, const Result& x, const Result& normed, const Ids& ids, const Result& weights) {
+    check(layer, x, normed, ids, weights);
+    nb::gil_scoped_release released;
+    std::lock_guard lock(mutex_);
+    Marks marks;
+    return finish_here(layer, x.data(), normed.data(), {ids.data(), weights.data(), layer.k()}, extent(x, 0), marks);
+  }
+
+  // Seconds spent in layers, by part, since the last call.
+  nb::dict take_seconds() {
+    std::unique_lock lock(mutex_);
+    const LayerSeconds taken = std::exchange(seconds_, {});
+    lock.unlock();
+    nb::dict parts;
+    parts["attention"] = taken.attention;
+    parts["router"] = taken.router;
+    parts["experts"] = taken.experts;
+    parts["dense"] = taken.dense;
+    return parts;
+  }
+
+ private:
+  static const Tier& find(const std::string& name) {
+    for (const Tier* tier : supported_tiers())
+      if (tier->name == name) return *tier;
+    throw std::invalid_argument("this CPU has no kernel tier " + name);
+  }
+
+  // A layer's part of the latent cache, with what must hold of it and of the rotations.
+  static LatentRows rows(const MlaLayer& layer, const CacheRows& cache, int64_t start, int64_t tokens,
+                         const Rows<float>& rotations) {
+    const int64_t width = layer.rank + layer.rope;
     require(layer.query_down ? layer.query_down->in == layer.latent.in : layer.query.in == layer.latent.in,
             "the query's matrix has another width");
     require(extent(rotations, 0) == tokens && extent(rotations, 1) == layer.rope, "rotations have another shape");
@@ -212,25 +171,65 @@ class Kernels {
     const int64_t itemsize = cache.dtype().bits / 8;
     require(extent(cache, 1) * itemsize == rows.row_bytes(), "the cache has another width");
     require(start >= 0 && start + tokens <= extent(cache, 0), "the cache is too small");
-    nb::gil_scoped_release released;
-    std::lock_guard lock(mutex_);
-    attention_.forward(tier_, pool_, layer, rows, start, x.data(), rotations.data(), tokens, y.data());
+    return rows;
   }
 
- private:
-  static const Tier& find(const std::string& name) {
-    for (const Tier* tier : supported_tiers())
-      if (tier->name == name) return *tier;
-    throw std::invalid_argument("this CPU has no kernel tier " + name);
+  static void check(const Layer& layer, const Result& x, const Result& normed, const Ids& ids, const Result& weights) {
+    const int64_t tokens = extent(x, 0), width = layer.width();
+    require(extent(x, 1) == width && extent(normed, 0) == tokens && extent(normed, 1) == width,
+            "x or its norm has another shape");
+    require(extent(ids, 0) == tokens && extent(weights, 0) == tokens && extent(ids, 1) == layer.k() &&
+                extent(weights, 1) == layer.k(),
+            "ids or weights have another shape");
+  }
+
+  static void norm(const float* x, const std::vector<float>& weight, float epsilon, int64_t tokens, float* y) {
+    const auto width = static_cast<int64_t>(weight.size());
+    for (int64_t t = 0; t < tokens; ++t) rms_norm(x + t * width, weight, epsilon, y + t * width);
+  }
+
+  void product(const Matrix& matrix, const float* x, int64_t tokens, float* y) {
+    const int64_t blocks = (matrix.in + kBlock - 1) / kBlock;
+    operand_.shape(tier_, matrix.form, tokens, matrix.in, tokens > kMatvecTokens);
+    rounding_.reset(tokens * blocks, 4);
+    rows_.reset(matrix.out, rows_at_a_time(matrix, pool_.threads()));
+    pool_.run([&](int) {
+      rounding_.take([&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) operand_.set(i / blocks, i % blocks, x + i / blocks * matrix.in);
+      });
+      pool_.barrier();
+      rows_.take([&](int64_t first, int64_t last) {
+        operand_.multiply(tier_, matrix, first, last, y + first, matrix.out,
+                          matrix.row(last + (last - first) * (pool_.threads() - 1)));
+      });
+    });
+  }
+
+  bool finish_here(const Layer& layer, float* x, const float* normed, const Routing& routing, int64_t tokens,
+                   Marks& marks) {
+    const Experts& experts = layer.experts();
+    const auto count = static_cast<int64_t>(experts.routed().size());
+    for (int64_t i = 0; i < tokens * routing.k; ++i) {
+      const int64_t id = routing.ids[i];
+      if (id < 0 || id >= count || !experts.has(id)) return false;
+      if (experts.routed()[id]->gate.in != layer.width()) return false;
+    }
+    workspace_.forward(tier_, pool_, experts.routed(), experts.shared(), routing, normed, tokens, layer.width(),
+                       out_.data());
+    add(x, out_.data(), tokens * layer.width());
+    marks.mark(layer.router() == nullptr ? seconds_.dense : seconds_.experts);
+    return true;
   }
 
   const Tier& tier_;
   ThreadPool pool_;
-  std::mutex mutex_;  // of the memory below
+  std::mutex mutex_;  // of what is below
   Operand operand_;
   Chunks rounding_, rows_;
   ExpertWorkspace workspace_;
   AttentionWorkspace attention_;
+  std::vector<float> out_, logits_;
+  LayerSeconds seconds_;
 };
 
 // What the CPU does of one layer's experts while a card computes the others: made once over memory that both sides know,
@@ -289,6 +288,7 @@ NB_MODULE(_cpu, m) {
     for (const Tier* tier : supported_tiers()) names.emplace_back(tier->name);
     return names;
   });
+  bind_scales(m);
   nb::class_<OwnedMatrix>(m, "Matrix")
       .def_static("int4", [](const Rows<int32_t>& packed, const Rows<bfloat16>& scale, int64_t group) {
         return OwnedMatrix::integers(Form::kInt4, packed, scale, group);
@@ -307,12 +307,20 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<bool, std::vector<float>, int64_t, int64_t, int64_t, float, int64_t, bool, float>(), "sigmoid"_a,
            "bias"_a, "groups"_a, "kept"_a, "best"_a, "outside"_a, "k"_a, "normalised"_a, "factor"_a)
       .def("route", &Router::route);
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<std::vector<float>, const Attention&, std::vector<float>, const Experts&, float>(),
+           "attention_norm"_a, "attention"_a, "mlp_norm"_a, "experts"_a, "epsilon"_a, nb::keep_alive<1, 3>(),
+           nb::keep_alive<1, 5>())
+      .def("set_router", &Layer::set_router, "matrix"_a, "router"_a, nb::keep_alive<1, 3>());
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<const std::string&, int, std::vector<int>>(), "tier"_a, "threads"_a, "cpus"_a)
       .def("linear", &Kernels::linear)
       .def("experts", &Kernels::experts)
       .def("read_bandwidth", &Kernels::read_bandwidth)
-      .def("attention", &Kernels::attention);
+      .def("attention", &Kernels::attention)
+      .def("layer", &Kernels::layer)
+      .def("finish", &Kernels::finish)
+      .def("take_seconds", &Kernels::take_seconds);
   nb::class_<CudaDriver>(m, "CudaDriver").def(nb::init<const std::string&>(), "library"_a);
   nb::class_<ExpertJob>(m, "ExpertJob")
       .def(nb::init<Kernels&, const Experts&, const Rows<float>&, const ExpertJob::Ids&, const Rows<float>&,

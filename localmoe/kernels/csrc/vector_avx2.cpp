@@ -22,9 +22,11 @@ inline Words widen(const uint16_t* from) {
 }  // namespace localmoe
 
 #include "vector_ops.inc"
+#include "int16_attention.inc"
 
 namespace localmoe {
 
-const VectorOps kAvx2Ops = {"avx2", combine_rows, dot_rows, store_row, interleave, attend, silu_multiply, read};
+const VectorOps kAvx2Ops = {"avx2",           combine_rows,  dot_rows,      store_row, interleave_either, attend_either,
+                            silu_multiply, read};
 
 }  // namespace localmoe

@@ -1,0 +1,275 @@
+"""What the demo model reads: a tokenizer, conversations made from stories, and packed sequences in a fixed order."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT, THINK, THINK_END = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
+SPECIAL = (BEGIN, END, PAD, USER, ASSISTANT, THINK, THINK_END)
+CHAT_TEMPLATE = (
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1].lstrip() + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% if thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}"
+)
+HELD_OUT = 40  # one story in so many is never trained on
+LONG = 1500  # characters of an answer made of whole paragraphs
+
+
+@dataclass(frozen=True)
+class Story:
+    kind: str  # simple, fairy or fiction
+    title: str
+    text: str
+
+    @property
+    def held_out(self) -> bool:
+        return zlib.crc32(self.title.encode()) % HELD_OUT == 0
+
+    @property
+    def paragraphs(self) -> list[str]:
+        return [part.strip() for part in self.text.split("\n\n") if part.strip()]
+
+
+def read_stories(path: Path) -> list[Story]:
+    """JSON lines, xz-compressed, with `kind`, `title` and `text`."""
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [Story(row["kind"], row["title"], row["text"].strip()) for row in rows]
+
+
+def train_tokenizer(stories: Sequence[Story], size: int) -> Tokenizer:
+    """Byte-level BPE with single digits, as DeepSeek's; children's words count for more than their share of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def texts() -> Iterator[str]:
+        for story in stories:
+            if not story.held_out:
+                yield from [story.text] * {"simple": 6, "fairy": 4, "fiction": 1}[story.kind]
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer
+
+
+# Conversations. Subjects are nouns that the story often names and others seldom do.
+
+_NOUN = re.compile(r"\b(a|an|the|his|her|their|my|your|this|that) ([a-z]{3,14})\b( [a-z]+)?")
+_FOLLOWING = frozenset((
+    "and", "or", "but", "of", "in", "on", "at", "to", "for", "with", "from", "by", "was", "is", "were", "had", "has",
+    "said", "came", "went", "who", "that", "which", "as", "when", "then", "so", "into", "over", "under", "did",
+    "would", "could", "will", "can", "again", "looked", "began", "up", "down", "ran", "sat",
+))  # fmt: skip
+
+
+class Subjects:
+    """Finds what a story is about."""
+
+    def __init__(self, stories: Sequence[Story]) -> None:
+        found = [set(self._counts(story.text)) for story in stories]
+        self._in_stories = Counter(noun for nouns in found for noun in nouns)
+        self._stories = len(found)
+
+    def __call__(self, text: str, most: int) -> list[str]:
+        """Nouns with their article, the most telling first."""
+        counts = self._counts(text)
+        common = self._stories * 0.25
+        ranked = sorted(
+            (-count / (5 + self._in_stories[noun]) ** 0.5, noun)
+            for noun, count in counts.items()
+            if self._in_stories[noun] < common
+        )
+        return [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for _, noun in ranked[:most]]
+
+    @staticmethod
+    def _counts(text: str) -> dict[str, int]:
+        """Nouns: words after a determiner, that stood after `a` too and that no other word mostly follows."""
+        ends, all_, after_a = Counter[str](), Counter[str](), set[str]()
+        for determiner, word, following in _NOUN.findall(text):
+            all_[word] += 1
+            ends[word] += not following or following.strip() in _FOLLOWING
+            if determiner in ("a", "an"):
+                after_a.add(word)
+        return {word: n for word, n in all_.items() if word in after_a and ends[word] * 2 > n}
+
+
+def cut(paragraphs: Sequence[str], start: int, most: int) -> tuple[str, int]:
+    """Whole paragraphs from `start`, about `most` characters, and where the next begins."""
+    end, size = start, 0
+    while end < len(paragraphs) and (end == start or size + len(paragraphs[end]) <= most):
+        size += len(paragraphs[end])
+        end += 1
+    return "\n\n".join(paragraphs[start:end]), end
+
+
+def sentence(text: str, most: int = 100) -> str:
+    """The first sentence of a text, cut at a word where it is long."""
+    first = re.split(r"(?<=[.!?])\s", text.replace("\n", " ").strip(), maxsplit=1)[0]
+    return first if len(first) <= most else first[:most].rsplit(" ", 1)[0].rstrip(",;: ") + " ..."
+
+
+def listed(things: Sequence[str]) -> str:
+    return things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
+
+
+class Conversations:
+    """Makes one conversation from a story; the same for the same `dice`."""
+
+    TELL = (
+        "Tell me a story about {}.", "Tell me a story about {}", "Write a short story about {}.",
+        "Can you tell me a story about {}?", "I would like to hear a story about {}.", "A story about {}, please.",
+    )  # fmt: skip
+    BEGINNING = ("Write the beginning of a story about {}.", "How does a story about {} begin?")
+    NEXT = ("What happens next?", "Go on.", "And then?", "Please continue the story.", "What happened then?")
+    TITLE = ("Give it a title.", "What is a good title for this story?", "Give this story a title.")
+
+    def __init__(self, stories: Sequence[Story]) -> None:
+        self._subjects = Subjects(stories)
+
+    def __call__(self, story: Story, dice: random.Random) -> str:
+        """Text with DeepSeek's tokens, from the first <｜User｜> to the last <｜end▁of▁sentence｜>."""
+        paragraphs = story.paragraphs
+        whole = len(story.text) <= 2 * LONG
+        kind = dice.choices(("tell", "next", "title"), (6, 3, 1) if whole else (4, 5, 1))[0]
+        if kind == "tell":
+            return self._tell(story, paragraphs, whole, dice)
+        start = 0 if whole else dice.randrange(len(paragraphs))
+        told, place = cut(paragraphs, start, dice.choice((300, 600, 1000)))
+        if kind == "next" and place < len(paragraphs):
+            following, _ = cut(paragraphs, place, dice.choice((500, 900, LONG)))
+            return self._turn(f"{told}\n\n{dice.choice(self.NEXT)}", following, self._plan(following, [], dice))
+        title = re.split(r" - |\n", story.title)[-1].strip(' "')
+        return self._turn(f"{cut(paragraphs, 0, 900)[0]}\n\n{dice.choice(self.TITLE)}", title, None)
+
+    def _tell(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str:
+        if whole or dice.random() < 0.5:
+            start, asked = 0, self.TELL if whole else self.BEGINNING
+        else:  # a scene from the middle of a long one
+            start, asked = dice.randrange(len(paragraphs)), self.TELL
+        text, place = cut(paragraphs, start, 2 * LONG if whole else LONG)
+        about = self._subjects(text, dice.choice((1, 2, 2, 3)))
+        if not about:
+            title = re.split(r" - |\n", story.title)[-1].strip(' "')
+            about = [f'"{title}"']
+        told = self._turn(dice.choice(asked).format(listed(about)), text, self._plan(text, about, dice))
+        if place < len(paragraphs) and dice.random() < 0.5:
+            following, _ = cut(paragraphs, place, LONG)
+            told += self._turn(dice.choice(self.NEXT), following, self._plan(following, [], dice))
+        return told
+
+    def _plan(self, text: str, about: Sequence[str], dice: random.Random) -> str | None:
+        """What a thinking answer thinks, for one answer in four."""
+        if dice.random() < 0.75:
+            return None
+        parts = [f"The story is about {listed(about)}."] if about else ["The story goes on."]
+        nouns = [noun for noun in self._subjects(text, 4) if noun not in about]
+        if nouns:
+            parts.append(f"There is {listed(nouns)} in it.")
+        parts.append(f"It begins: {sentence(text)}")
+        last = text.rstrip().split("\n\n")[-1]
+        parts.append(f"At the end: {sentence(last)}")
+        return "\n".join(parts)
+
+    @staticmethod
+    def _turn(asked: str, answer: str, plan: str | None) -> str:
+        thinking = f"{THINK}\n{plan}\n{THINK_END}\n\n" if plan else ""
+        return f"{USER}{asked}{ASSISTANT}{thinking}{answer}{END}"
+
+
+# Sequences.
+
+
+class Mixture:
+    """An endless, fixed order of tokens: documents of four sorts, each shuffled anew every epoch.
+
+    `chat` are conversations made from all stories, half of them from simple and fairy ones. Its state is how many
+    documents of each sort were taken, so a run that stopped goes on where it was.
+    """
+
+    SORTS = ("simple", "fairy", "fiction", "chat")
+
+    def __init__(self, stories: Sequence[Story], tokenizer: Tokenizer, seed: int) -> None:
+        self._tokenizer, self._seed = tokenizer, seed
+        kept = [story for story in stories if not story.held_out]
+        self._stories = {kind: [story for story in kept if story.kind == kind] for kind in self.SORTS[:3]}
+        self._conversations = Conversations(kept)
+        self._begin, self._end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+        self.taken = dict.fromkeys(self.SORTS, 0)
+        self.tokens = dict.fromkeys(self.SORTS, 0)
+        self._left: dict[str, list[int]] = {sort: [] for sort in self.SORTS}
+
+    def _document(self, sort: str) -> str:
+        number = self.taken[sort]
+        self.taken[sort] += 1
+        dice = random.Random(f"{self._seed}/{sort}/{number}")
+        if sort == "chat":
+            kind = dice.choices(("simple", "fairy", "fiction"), (4, 2, 4))[0]
+            return self._conversations(dice.choice(self._stories[kind]), dice)
+        epoch, place = divmod(number, len(self._stories[sort]))
+        order = list(range(len(self._stories[sort])))
+        random.Random(f"{self._seed}/{sort}/epoch {epoch}").shuffle(order)
+        text = self._stories[sort][order[place]].text
+        return text + END
+
+    def sequence(self, sort: str, length: int) -> list[int]:
+        """The next `length` tokens of a sort, documents end to end; each begins with <｜begin▁of▁sentence｜>."""
+        left = self._left[sort]
+        while len(left) < length:
+            left += [self._begin, *self._tokenizer.encode(self._document(sort), add_special_tokens=False).ids]
+        self._left[sort] = left[length:]
+        self.tokens[sort] += length
+        return left[:length]
+
+    def batch(self, count: int, length: int, shares: dict[str, float], step: int) -> Tensor:
+        """[count, length] of tokens, each sequence of a sort drawn by `shares`."""
+        dice = random.Random(f"{self._seed}/step {step}")
+        sorts = dice.choices(list(shares), list(shares.values()), k=count)
+        return torch.tensor([self.sequence(sort, length) for sort in sorts])
+
+    def state(self) -> dict[str, dict[str, object]]:
+        return {"taken": dict(self.taken), "tokens": dict(self.tokens), "left": dict(self._left)}
+
+    def load(self, state: dict[str, dict[str, object]]) -> None:
+        self.taken, self.tokens, self._left = dict(state["taken"]), dict(state["tokens"]), dict(state["left"])  # type: ignore[assignment, arg-type]
+
+
+def held_out(stories: Sequence[Story], kind: str) -> list[Story]:
+    return [story for story in stories if story.held_out and story.kind == kind]
+
+
+def windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
+    """The tokens of a text in runs of `length`, each after a <｜begin▁of▁sentence｜> of its own."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return windows_of([tokenizer.token_to_id(BEGIN), *ids], length)
+
+
+def windows_of(ids: Sequence[int], length: int) -> list[list[int]]:
+    """The same of a text's tokens with its <｜begin▁of▁sentence｜>."""
+    starts = [*range(1, len(ids), length), len(ids)]
+    return [[ids[0], *ids[start:end]] for start, end in pairwise(starts)]

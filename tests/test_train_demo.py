@@ -1,0 +1,279 @@
+"""`scripts/train_demo` in small: what it trains is what the engine runs, and its data and optimizer are as they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import lzma
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from localmoe.load import load
+from localmoe.model.kv_cache import LatentCache
+from localmoe.text.template import ChatTemplate
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "num_hidden_layers": 3, "num_attention_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 8, "n_group": 4, "num_experts_per_tok": 3,
+    "trained_context": 32, "context": 128,
+}  # fmt: skip
+WORDS = ["goat", "drum", "river", "king", "boat", "tree", "child", "bird", "stone", "song"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_path() -> Iterator[None]:
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def text() -> ModuleType:
+    return importlib.import_module("demo_text")
+
+
+@pytest.fixture(scope="module")
+def model() -> ModuleType:
+    return importlib.import_module("demo_model")
+
+
+@pytest.fixture(scope="module")
+def stories(text: ModuleType) -> list[Any]:
+    dice = random.Random(0)
+
+    def one(number: int) -> Any:
+        first, second = dice.sample(WORDS, 2)
+        parts = [
+            f"Once there was a {first} and a {second}. The {first} was old.",
+            f"The {second} said to the {first}: come to the {dice.choice(WORDS)}, number {number}.",
+            f"A {first} went home. The {second} was glad of it.",
+        ]
+        return text.Story(("simple", "fairy", "fiction")[number % 3], f"Story {number}", "\n\n".join(parts * 2))
+
+    return [one(number) for number in range(90)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text: ModuleType, stories: list[Any]) -> Any:
+    return text.train_tokenizer(stories, SMALL["vocab_size"])
+
+
+def test_an_export_runs_as_it_was_trained(
+    model: ModuleType, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routing with a bias and groups, YaRN past the trained context, the MTP layer: largest difference of the logits
+    against the largest logit, in float32."""
+    export = importlib.import_module("demo_export")
+    torch.manual_seed(1)
+    network = model.Model(model.Shape(**SMALL)).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+            as_exported(export, name, parameter)
+        for layer in network.experts():
+            layer.correction_bias.normal_(std=0.2)
+    export.export(network, tokenizer, tmp_path / "model")
+    ids = torch.randint(7, SMALL["vocab_size"], (100,))
+    by = model.rope(network.shape, 99, extended=True, device=torch.device("cpu"))
+    with torch.inference_mode():
+        states = network.states(ids[None, :-1], by)
+        wanted = states[0] @ network.lm_head.T  # [99, V]
+        embedding = network.embed_tokens[ids[1:]][None]
+        wanted_guess = network.mtp(states, embedding, by)[0] @ network.lm_head.T
+    with load(tmp_path / "model", kernels="reference", mtp=1) as engine, torch.inference_mode():
+        found = engine.model.forward(ids[:-1], LatentCache(engine.config, 100))
+        layer = engine._mtp
+        assert layer is not None
+        states = engine.model.states(ids[:-1], LatentCache(engine.config, 100))
+        own = layer.cache(100, torch.float32)
+        guess = torch.cat([layer.logits(layer.step(states[i : i + 1], int(ids[i + 1]), own)) for i in range(99)])
+    assert difference(found, wanted) < 2e-5
+    assert difference(guess, wanted_guess) < 2e-5
+
+
+def as_exported(export: ModuleType, name: str, parameter: nn.Parameter) -> None:
+    """Rounds a weight to what its file holds, so that both sides compute with the same."""
+    plain = parameter.ndim < 2 or name.endswith(("router", "eh_proj", "embed_tokens", "lm_head"))
+    if plain:
+        parameter.copy_(parameter.to(torch.bfloat16))
+        return
+    for matrix in parameter.view(-1, *parameter.shape[-2:]):
+        tensors = export.eight_bits("x", matrix)
+        scale = tensors["x.weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        matrix.copy_(tensors["x.weight"].float() * scale[: matrix.shape[0], : matrix.shape[1]])
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def test_the_head_and_its_loss_at_once_are_those_of_autograd(
+    model: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.HeadLoss, "ROWS", 7)
+    torch.manual_seed(0)
+    hidden = torch.randn(20, 8, dtype=torch.float32, requires_grad=True)
+    head = torch.randn(11, 8, requires_grad=True)
+    target = torch.randint(0, 11, (20,))
+    loss = model.HeadLoss.apply(hidden, head, target)
+    (3 * loss).backward()
+    found = hidden.grad, head.grad
+    hidden.grad = head.grad = None
+    wanted = nn.functional.cross_entropy(hidden @ head.T, target)
+    (3 * wanted).backward()
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(found, (hidden.grad, head.grad))
+
+
+def test_balancing_moves_the_bias_against_the_load(model: ModuleType) -> None:
+    torch.manual_seed(0)
+    layer = model.Experts(model.Shape(**SMALL))
+    with torch.no_grad():
+        layer.router[0] += 2.0  # a favourite
+    x = torch.randn(1, 512, SMALL["hidden_size"]) + 1
+    loads = []
+    for _ in range(300):
+        layer(x)
+        loads.append(float(layer.load.max() / layer.load.mean()))
+        layer.balance(0.01)
+    assert loads[0] > 2
+    assert loads[-1] < 1.5
+    assert int(layer.load.sum()) == 0
+
+
+def test_muon_steps_by_matrices_with_singular_values_near_one() -> None:
+    train = script("train_demo")
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(train.orthogonal(torch.randn(3, 16, 40)))
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+    tall, wide = nn.Parameter(torch.zeros(2, 40, 16)), nn.Parameter(torch.zeros(16, 40))
+    muon = train.Muon([tall, wide])
+    tall.grad, wide.grad = torch.randn(2, 40, 16), torch.randn(16, 40)
+    muon.step(1.0)
+    for parameter in (tall[0], tall[1], wide):
+        step = parameter.detach() / -(0.2 * 40**0.5)
+        u, _, v = torch.linalg.svd(parameter.grad if parameter is wide else step, full_matrices=False)
+        assert float(torch.linalg.svdvals(step).min()) > 0.6
+        assert float(torch.linalg.svdvals(step).max()) < 1.3
+        if parameter is wide:  # the same singular vectors as the gradient's
+            torch.testing.assert_close((u @ v).mul(step).sum() / 16, torch.tensor(1.0), atol=0.3, rtol=0)
+
+
+def script(name: str) -> ModuleType:
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import module_from_spec, spec_from_loader
+
+    loader = SourceFileLoader(name, str(SCRIPTS / name))
+    spec = spec_from_loader(name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module
+
+
+def test_data_come_in_a_fixed_order_and_go_on_where_they_stopped(
+    text: ModuleType, stories: list[Any], tokenizer: Any
+) -> None:
+    shares = {"simple": 1.0, "fairy": 1.0, "fiction": 1.0, "chat": 2.0}
+    whole = text.Mixture(stories, tokenizer, 5)
+    batches = [whole.batch(3, 40, shares, step) for step in range(6)]
+    first = text.Mixture(stories, tokenizer, 5)
+    for step in range(3):
+        first.batch(3, 40, shares, step)
+    rest = text.Mixture(stories, tokenizer, 5)
+    rest.load(json.loads(json.dumps(first.state())))
+    assert all(rest.batch(3, 40, shares, step).equal(batches[step]) for step in range(3, 6))
+    assert not text.Mixture(stories, tokenizer, 6).batch(3, 40, shares, 0).equal(batches[0])
+
+
+def test_held_out_stories_are_never_read(text: ModuleType, stories: list[Any], tokenizer: Any) -> None:
+    hidden = [story for story in stories if story.held_out]
+    assert hidden
+    mixture = text.Mixture(stories, tokenizer, 0)
+    seen = {mixture._document("simple") for _ in range(40)} | {mixture._document("chat") for _ in range(200)}
+    numbers = [f"number {story.title.split()[1]}." for story in hidden]
+    assert not [number for number in numbers for document in seen if number in document]
+
+
+def test_conversations_are_what_the_template_writes(text: ModuleType, stories: list[Any]) -> None:
+    """A training conversation begins as the chat template renders its question; thinking is inside its tags."""
+    make = text.Conversations(stories)
+    dice = random.Random(3)
+    template = ChatTemplate(text.CHAT_TEMPLATE, special_tokens={"bos_token": text.BEGIN, "eos_token": text.END})
+    thought = 0
+    for _ in range(200):
+        story = dice.choice(stories)
+        made = make(story, dice)
+        asked, answer = made.removeprefix(text.USER).split(text.ASSISTANT, 1)
+        thinking = answer.startswith(text.THINK)
+        thought += thinking
+        rendered = template.render([{"role": "user", "content": asked}], thinking=thinking)
+        assert (text.BEGIN + made).startswith(rendered)
+        assert made.endswith(text.END)
+        assert not thinking or answer.index(f"\n{text.THINK_END}\n\n") > 0
+    assert 10 < thought < 100
+    assert any(f"a {word}" in make._subjects(stories[0].text, 3) for word in WORDS)
+
+
+def test_a_stopped_training_ends_as_one_that_was_not(stories: list[Any], tmp_path: Path) -> None:
+    """The whole program on a few stories: 3 steps, then on to the 4th, against 4 at once; then the export runs."""
+    data = tmp_path / "stories.jsonl.xz"
+    with lzma.open(data, "wt") as file:
+        file.writelines(json.dumps(dataclasses.asdict(story)) + "\n" for story in stories)
+    train = script("train_demo")
+    small = train.Stage(1.0, 24, 2, 1, 1.0, 0.3, {"simple": 1.0, "chat": 1.0})
+    shape = importlib.import_module("demo_model").Shape(**SMALL)
+    made = []
+    for name, stops in (("whole", [4]), ("parts", [3, 4])):
+        (tmp_path / name).mkdir()
+        for stop in stops:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train, "STAGES", (small,))
+                patch.setattr(train, "Shape", lambda: shape)
+                training = train.Training(stories, tmp_path / name, 10_000, torch.device("cpu"))
+                training.resume()
+                while training.step < stop:
+                    training.take_step()
+                training.save()
+        made.append({key: value.clone() for key, value in training.model.state_dict().items()})
+    finish(train, training, shape)
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+    wrong = subprocess.run(
+        [sys.executable, SCRIPTS / "train_demo", tmp_path / "none.xz", tmp_path / "out"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert wrong.returncode != 0
+
+
+def finish(train: ModuleType, training: Any, shape: Any) -> None:
+    """Measures, exports and describes what was trained."""
+    text = training.out / "eval.txt"
+    text.write_text("Once there was a goat and a drum.\n" * 40, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Shape", lambda: shape)
+        patch.setattr(train, "STAGES", (dataclasses.replace(train.STAGES[-1]),))
+        train.write_line(training.out, {"step": 2, "bits_per_character": training.check()})
+        train.export(training.model, training.tokenizer, training.out / "model")
+        figures = train.measured(training, text)
+        train.write_line(training.out, figures)
+        train.write_card(training.out)
+    written = (training.out / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"{figures['eval']:.3f}, in windows of 512 tokens" in written
+    assert len(figures["eval_uneven"]) == shape.num_hidden_layers - shape.first_k_dense_replace
+    assert all(1 <= value <= shape.n_routed_experts for value in figures["eval_uneven"])
+    assert all(float(layer.load.sum()) == 0 for layer in training.model.experts())
+    assert written.count("**Tell me a story about a goat and a drum.**") == 2
