@@ -62,8 +62,8 @@ def test_what_typer_sees_and_what_the_command_gets() -> None:
     ]
     assert CliRunner().invoke(app, typed).exit_code == 0
     assert calls == [
-        ("w", Pair(), False, Machine(), 9),
-        ("w", Pair(5, "r"), True, Machine(context=7, vram=1 << 30, mtp=None), 0),
+        ("w", Pair(), False, Machine(mtp=None), 9),
+        ("w", Pair(5, "r"), True, Machine(context=7, vram=1 << 30, mtp=2), 0),
     ]
     assert CliRunner().invoke(app, []).exit_code == 2
     assert CliRunner().invoke(app, ["w", "--pair", "x"]).exit_code == 2
