@@ -44,8 +44,8 @@ def test_what_typer_sees_and_what_the_command_gets() -> None:
     assert made.help == "Ask."
     calls.clear()
     assert CliRunner().invoke(app, ["w"]).exit_code == 0
-    typed = "w --right r --left 5 --first --ctx 7 --vram 1GiB --mtp 2 --last 0".split()
-    assert CliRunner().invoke(app, typed).exit_code == 0
+    typed = ["--right", "r", "--left", "5", "--first", "--ctx", "7", "--vram", "1GiB", "--mtp", "2", "--last", "0"]
+    assert CliRunner().invoke(app, ["w", *typed]).exit_code == 0
     assert calls == [
         ("w", Pair(), False, Machine(mtp=None), 9),
         ("w", Pair(5, "r"), True, Machine(context=7, vram=1 << 30, mtp=2), 0),
