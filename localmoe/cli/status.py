@@ -38,7 +38,7 @@ def fitting(parts: list[str], columns: int) -> str:
 
 
 def folded(text: str, columns: int) -> str:
-    """Lines broken where they are wider than `columns`: facts with dots between them at a dot, all else at spaces."""
+    """Lines of facts with dots between them, broken at a dot where they are wider than `columns`."""
     rows = []
     for line in text.split("\n"):
         row, *rest = line.split(_BETWEEN)
@@ -49,20 +49,7 @@ def folded(text: str, columns: int) -> str:
             else:
                 row += _BETWEEN + fact
         rows.append(row)
-    return "\n".join(short for row in rows for short in _broken(row, columns))
-
-
-def _broken(row: str, columns: int) -> list[str]:
-    """At the last space that fits; a word longer than a row is the terminal's to break. What stands in columns keeps
-    them in its first row."""
-    rows = []
-    while width(row) > columns:
-        cut = max((at for at, char in enumerate(row) if char == " " and width(row[:at]) <= columns), default=-1)
-        if cut < 0 or not row[:cut].strip():
-            break
-        rows.append(row[:cut].rstrip())
-        row = row[cut:].lstrip()
-    return [*rows, row]
+    return "\n".join(rows)
 
 
 def _card(engine: Engine) -> list[str]:

@@ -48,9 +48,6 @@ def test_what_matters_least_goes_first(columns) -> None:
 
 def test_a_line_of_facts_is_broken_between_them() -> None:
     text = "17 tokens · 32.0 tokens/s · context 18/64\nno facts here, and longer than the terminal is wide\n"
-    assert folded(text, 40) == text.replace(" · context", "\ncontext").replace(" terminal", "\nterminal")
-    assert folded(text, 60) == text
-    assert folded("  the space before is kept", 12) == "  the space\nbefore is\nkept"
-    assert folded("alongwordthatfitsnowhere here", 10) == "alongwordthatfitsnowhere here"  # the terminal breaks it
-    assert folded("龍龍 龍龍", 8) == "龍龍\n龍龍"
+    assert folded(text, 40) == text.replace(" · context", "\ncontext")
+    assert folded(text, 41) == text
     assert folded("a · b · c", 1) == "a\nb\nc"
