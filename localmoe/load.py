@@ -27,7 +27,7 @@ from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.counts import ExpertCounts
 from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
-from localmoe.offload.heat import Heat, heat_file
+from localmoe.offload.heat import Heat, heat_file, known_heat
 from localmoe.offload.machine import GIB
 from localmoe.offload.plan import Budgets, experts_on_card, place, prompt_chunk
 from localmoe.offload.predict import stream_from
@@ -114,7 +114,7 @@ def _on_card(
     from localmoe.offload.card import CardExperts
 
     known = heat_file(home(), checkpoint.directory)
-    heat = Heat.none(config) if deterministic else Heat.read(known, config)
+    heat = Heat.none(config) if deterministic else known_heat(home(), checkpoint.directory, config)
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
     placed = place(subject, may)
     hold_to(card)
