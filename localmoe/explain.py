@@ -123,7 +123,7 @@ def explain_engine(
 
     Takes a quarter of a second where doctor has measured nothing.
     """
-    from localmoe.offload.heat import Heat, heat_file
+    from localmoe.offload.heat import known_heat
     from localmoe.offload.probe import look
     from localmoe.offload.record import machine_here
     from localmoe.text.files import read_json_object
@@ -140,7 +140,7 @@ def explain_engine(
     threads = engine.kernels.threads
     int8_row = None if engine.kernels.cache_dtype == torch.int8 else row_bytes(engine.config, torch.int8)
     if engine.placement is not None:
-        heat = Heat.read(heat_file(home, engine.path), engine.config)
+        heat = known_heat(home, engine.path, engine.config)
         machine = machine_here(look(), home, threads or facts.cores, with_card=True)
         placed = replace(subject, heat=heat.shares(engine.config))
         return explain_card(sample, placed, machine, engine.placement, int8_row)

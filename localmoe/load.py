@@ -107,7 +107,7 @@ def _on_card(
     """An engine with as much of the model on the card as its memory holds."""
     from localmoe.model.card.model import CardLayout, CardModel
     from localmoe.offload.card import CardExperts
-    from localmoe.offload.heat import Heat, heat_file
+    from localmoe.offload.heat import Heat, heat_file, known_heat
     from localmoe.offload.machine import GIB
     from localmoe.offload.plan import Budgets, experts_on_card, place, prompt_chunk
     from localmoe.offload.predict import stream_from
@@ -115,7 +115,7 @@ def _on_card(
     from localmoe.offload.record import machine_here
 
     known = heat_file(home(), checkpoint.directory)
-    heat = Heat.none(config) if deterministic else Heat.read(known, config)
+    heat = Heat.none(config) if deterministic else known_heat(home(), checkpoint.directory, config)
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
     placed = place(subject, Budgets(ram, card.vram, ctx))
     hold_to(card)

@@ -16,7 +16,7 @@ from localmoe.errors import UsageError
 if TYPE_CHECKING:
     from localmoe.cli.render import Advance
     from quantize.evaluate import EvaluatedEngine, EvaluationProgress, LayerwiseModel
-    from quantize.positions import Evaluation, TokenClass
+    from quantize.positions import Evaluation, Positions, TokenClass
 
 _FIGURES = (
     "tokens, perplexity, perplexity_error, reference_perplexity, reference_perplexity_error, kld_mean, kld_error, "
@@ -90,7 +90,7 @@ def evaluate(
 
 def _measured(
     models: tuple[str, str | None], machine: options.Machine, content: str, *, streamed: bool, by_class: bool
-) -> tuple[Evaluation, list[TokenClass] | None]:
+) -> tuple[Positions, list[TokenClass] | None]:
     """Run a model and its reference over the text, with a progress bar."""
     from localmoe.cli.render import progress_bar
     from quantize.evaluate import evaluate as measure
