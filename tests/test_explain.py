@@ -145,7 +145,7 @@ def test_the_prompt_is_not_timed() -> None:
 
 def test_run_and_bench_on_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path))
-    asked = ["run", "demo:source", "Tell me a story", "-n", "12", "--temp", "0", "--explain-speed"]
+    asked = ["run", "demo:source", "Tell me a story", "-n", "12", "--temp", "0", "--mtp", "0", "--explain-speed"]
     outcome = CliRunner().invoke(app, [*asked, "--json"])
     assert outcome.exit_code == 0, outcome.output
     record = json.loads(outcome.stdout)
