@@ -30,7 +30,8 @@ class Benchmark:
     `first_token_seconds` is from the beginning of opening to the first token of a 16-token prompt. `bytes_per_token`
     counts what a decoded token reads once: weights as stored and, at the middle of the run, the latent cache;
     `bandwidth_fraction` is that times tokens a second over the read bandwidth, which was measured before and after.
-    `breakdown` is milliseconds of a decoded token by part.
+    `breakdown` is milliseconds of a decoded token by part; `hit_rate_by_layer` the share of the MoE layers' expert uses
+    that the card served in the last repeat's decoding (None: no card).
     """
 
     kernels: str
@@ -48,6 +49,7 @@ class Benchmark:
     peak_rss_bytes: int
     rss_anon_bytes: int | None
     breakdown: dict[str, float]
+    hit_rate_by_layer: list[float] | None = None
 
 
 def bytes_per_token(config: ModelConfig, tensors: Iterable[TensorInfo]) -> int:
@@ -97,9 +99,11 @@ def measure(
             progress(f"prefill {repeat + 1} of {repeats}")
             prefills.append(_prefill(engine, prompt_tokens))
             progress(f"decode {repeat + 1} of {repeats}")
+            hits = engine.expert_hits()
             seconds, breakdown = _decode(engine, completion_tokens, context)
             decodes.append(seconds)
             parts.append(breakdown)
+        rates = engine.hit_rates(hits)
         peak, anonymous = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _rss_anon()
         bandwidths += [backend.read_bandwidth()] if backend else []
         decode = statistics.median(decodes)
@@ -122,6 +126,7 @@ def measure(
             peak_rss_bytes=peak,
             rss_anon_bytes=anonymous,
             breakdown={part: statistics.median(each[part] for each in parts) for part in parts[0]},
+            hit_rate_by_layer=rates,
         )
 
 

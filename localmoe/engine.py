@@ -20,7 +20,6 @@ from localmoe.errors import (
     UsageError,
 )
 from localmoe.formats.checkpoint import Checkpoint
-from localmoe.formats.fingerprint import fingerprint
 from localmoe.formats.safetensors import TensorInfo
 from localmoe.generate import Settings, Step, generate
 from localmoe.grammar import Grammar, Vocabulary
@@ -28,7 +27,7 @@ from localmoe.kernels.dispatch import CACHE_DTYPES, Kernels
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
 from localmoe.model.mtp import MtpLayer
-from localmoe.offload.plan import Placement
+from localmoe.offload.hits import rates
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.session_file import restore, write
@@ -39,6 +38,7 @@ from localmoe.text.files import read_json_object
 
 if TYPE_CHECKING:
     from localmoe.model.card.model import CardModel
+    from localmoe.offload.plan import Placement
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -63,6 +63,8 @@ class Engine:
         self._closing = closing  # called once
         self.expert_uses: Callable[[], Tensor | None] = lambda: None
         """How often each expert fired since the model was opened, [L, E], where it is counted: on a card."""
+        self.expert_hits: Callable[[], Tensor | None] = lambda: None
+        """How many of them found their expert on the card, and how many there were, [L, 2]; between passes."""
         self.expect_uses: Callable[[Tensor], None] = lambda uses: None
         """Place experts as if they had just been used so, [L, E], where places change."""
         self.config: ModelConfig = model.config
@@ -225,6 +227,8 @@ class Engine:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the weights, in hex: see `localmoe.formats.fingerprint`."""
+        from localmoe.formats.fingerprint import fingerprint
+
         return fingerprint(self.path, self.tensors)
 
     @property
@@ -236,6 +240,16 @@ class Engine:
     def cache_bytes(self) -> int:
         """Memory that the kept latent cache takes now; see `generate`'s `reuse_prefix`."""
         return 0 if self._cached is None else self._cached.nbytes
+
+    def hit_rates(self, since: Tensor | None = None) -> list[float] | None:
+        """The share of each MoE layer's expert uses that the card served, measured from when `expert_hits` said `since`
+        (None: from the beginning), and foreseen where nothing was counted; None without a card. Between passes."""
+        counts = self.expert_hits()
+        if self.placement is None or counts is None:
+            return None
+        placed = [layer.gpu_hits for layer in self.placement.layers]
+        measured = rates(counts if since is None else counts - since, placed)
+        return [rate for rate, is_moe in zip(measured, self.config.moe_layers, strict=True) if is_moe]
 
     def save_session(self, path: Path, facts: Facts) -> Facts:
         """Write what `reuse_prefix` would go on from, and `facts`, whose model and counts are filled in, to a file.
@@ -275,6 +289,7 @@ class Engine:
             self._closing()
         self._closing = lambda: None  # it holds what is on the card
         self.expert_uses, self.expect_uses = lambda: None, lambda uses: None
+        self.expert_hits = lambda: None
         self._model = self._mtp = None
         self._cached = None
         self._checkpoint.close()

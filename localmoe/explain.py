@@ -7,11 +7,12 @@ shrinks with the bytes or the rate, and the rest of its time stays. So the gains
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from localmoe.formats.scheme import QuantizationConfig
 from localmoe.kernels.profile import Profile
@@ -35,33 +36,46 @@ _LEAST_GAIN = 0.01
 @dataclass(frozen=True)
 class Sample:
     """Decoding as it was timed: `parts` seconds by part of `seconds` in all, for `tokens` tokens with `held` tokens in
-    the cache on average. `several` is set where a pass computed several tokens (guesses): what it read is not known."""
+    the cache on average. `several` is set where a pass computed several tokens (guesses): what it read is not known.
+    `hit_rates` are those of the MoE layers meanwhile (None: no card, or not counted)."""
 
     tokens: int
     seconds: float
     parts: Mapping[str, float]
     held: int
     several: bool = False
+    hit_rates: Sequence[float] | None = None
 
 
 class PartTimer:
-    """The parts' seconds of one answer, from its first token on: what came before was the prompt."""
+    """The parts' seconds of one answer, and the experts found on a card, from its first token on: what came before was
+    the prompt."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        expert_hits: Callable[[], Tensor | None] = lambda: None,
+        hit_rates: Callable[[Tensor | None], list[float] | None] = lambda since: None,
+    ) -> None:
         self._profile = profile
+        self._expert_hits = expert_hits
+        self._hit_rates = hit_rates
         self._before: dict[str, float] | None = None
+        self._hits_before: Tensor | None = None
 
     def first_token(self) -> None:
         """To be told when a token came; only the first call counts."""
         if self._before is None:
             self._before = self._profile.seconds()
+            self._hits_before = self._expert_hits()
 
     def sample(self, tokens: int, seconds: float, sampling: float, held: int, several: bool) -> Sample | None:
         """What was timed, `tokens` of them after the first; None where there was none."""
         if self._before is None or tokens < 1 or seconds <= 0:
             return None
         parts = {name: now - self._before.get(name, 0.0) for name, now in self._profile.seconds().items()}
-        return Sample(tokens, seconds, parts | {"sampling": sampling}, held, several)
+        rates = None if self._hits_before is None else self._hit_rates(self._hits_before)
+        return Sample(tokens, seconds, parts | {"sampling": sampling}, held, several, rates)
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,8 @@ class Change:
 class Explanation:
     """`milliseconds_per_token` by part, adding up to a token's; `bytes_per_token` by the parts that read weights or
     cache (empty where that is not known); `limit_share` is bytes a second over the limit; `hit_rate_by_layer` is the
-    share of expert uses that the card's memory serves, as it was placed (None: no card); `changes` the best first."""
+    share of expert uses that the card's memory served, or was placed to serve where none was counted (None: no card);
+    `changes` the best first."""
 
     tokens: int
     tokens_per_second: float
@@ -108,7 +123,7 @@ def explain_engine(
 
     Takes a quarter of a second where doctor has measured nothing.
     """
-    from localmoe.offload.heat import Heat, heat_file
+    from localmoe.offload.heat import known_heat
     from localmoe.offload.probe import look
     from localmoe.offload.record import machine_here
     from localmoe.text.files import read_json_object
@@ -125,7 +140,7 @@ def explain_engine(
     threads = engine.kernels.threads
     int8_row = None if engine.kernels.cache_dtype == torch.int8 else row_bytes(engine.config, torch.int8)
     if engine.placement is not None:
-        heat = Heat.read(heat_file(home, engine.path), engine.config)
+        heat = known_heat(home, engine.path, engine.config)
         machine = machine_here(look(), home, threads or facts.cores, with_card=True)
         placed = replace(subject, heat=heat.shares(engine.config))
         return explain_card(sample, placed, machine, engine.placement, int8_row)
@@ -238,7 +253,8 @@ def explain_card(
         if gain > _LEAST_GAIN:
             changes.append(Change(what, plain.tokens_per_second * (1 + gain), gain))
     changes.sort(key=lambda change: -change.gain)
-    return replace(plain, hit_rate_by_layer=[home.gpu_hits for home in moe], changes=changes)
+    rates = [home.gpu_hits for home in moe] if sample.hit_rates is None else list(sample.hit_rates)
+    return replace(plain, hit_rate_by_layer=rates, changes=changes)
 
 
 def _faster_memory(machine: Machine) -> Machine:

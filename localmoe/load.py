@@ -27,12 +27,6 @@ from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.counts import ExpertCounts
 from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
-from localmoe.offload.heat import Heat, heat_file
-from localmoe.offload.machine import GIB
-from localmoe.offload.plan import Budgets, experts_on_card, place, prompt_chunk
-from localmoe.offload.predict import stream_from
-from localmoe.offload.probe import look
-from localmoe.offload.record import machine_here
 from localmoe.speculative import MOST_DRAFTS
 from localmoe.store import Resolved, home, resolve
 
@@ -90,7 +84,7 @@ def load(
         checkpoint.warm()
     experts = ExpertStore(checkpoint, config, chosen)
     if card is not None:
-        engine = _on_card(card, checkpoint, config, chosen, experts, Budgets(budget, card.vram, ctx), deterministic)
+        engine = _on_card(card, checkpoint, config, chosen, experts, budget, ctx, deterministic)
     else:
         context = choose_context(needs, config.max_position_embeddings, ctx, budget)
         layer = experts.layer if counts is None else counts.watching(experts.layer)
@@ -106,17 +100,24 @@ def _on_card(
     config: ModelConfig,
     kernels: Kernels,
     experts: ExpertStore,
-    may: Budgets,
+    ram: int | None,
+    ctx: int | None,
     deterministic: bool,
 ) -> Engine:
     """An engine with as much of the model on the card as its memory holds."""
     from localmoe.model.card.model import CardLayout, CardModel
     from localmoe.offload.card import CardExperts
+    from localmoe.offload.heat import Heat, heat_file, known_heat
+    from localmoe.offload.machine import GIB
+    from localmoe.offload.plan import Budgets, experts_on_card, place, prompt_chunk
+    from localmoe.offload.predict import stream_from
+    from localmoe.offload.probe import look
+    from localmoe.offload.record import machine_here
 
     known = heat_file(home(), checkpoint.directory)
-    heat = Heat.none(config) if deterministic else Heat.read(known, config)
+    heat = Heat.none(config) if deterministic else known_heat(home(), checkpoint.directory, config)
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
-    placed = place(subject, may)
+    placed = place(subject, Budgets(ram, card.vram, ctx))
     hold_to(card)
     machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True, card=card.name)
     from_tokens = stream_from(subject, machine, placed.layers)
@@ -140,7 +141,7 @@ def _on_card(
                 heat.plus(kept.uses()).write(known)
 
     engine = Engine(model, checkpoint, kernels, placed.context, placed, closing)
-    engine.expert_uses, engine.expect_uses = kept.uses, kept.expect
+    engine.expert_uses, engine.expert_hits, engine.expect_uses = kept.uses, kept.hits, kept.expect
     return engine
 
 

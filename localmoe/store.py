@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localmoe.errors import ModelNotFoundError, StorageError, UsageError
+from localmoe.formats.journal import JOURNAL_NAME
 from localmoe.hub import cache
 from localmoe.hub.names import (
     ModelRef,
@@ -43,6 +44,7 @@ __all__ = [
     "parse_ref",
     "remove",
     "resolve",
+    "unfinished_bytes",
 ]
 
 RECIPES: tuple[str, ...] = ("balanced", "experts-only", "compact", "nf4")
@@ -227,6 +229,14 @@ def list_sources() -> list[Artifact]:
         if path is not None and _read_json(path / "config.json").get("model_type") in _OUR_MODEL_TYPES:
             paths[known_name(repo) or repo] = path
     return [Artifact(name, "source", path, _size(path), complete=True) for name, path in paths.items()]
+
+
+def unfinished_bytes(artifact: Path) -> int:
+    """What a quantization that was interrupted has on the disk in `artifact` (its output is allocated whole at the
+    start); 0 where none was."""
+    if not (artifact / JOURNAL_NAME).is_file():
+        return 0
+    return sum(path.stat().st_blocks * 512 for path in artifact.glob("*.partial"))
 
 
 def _subdirectories(path: Path) -> list[Path]:

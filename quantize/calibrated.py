@@ -18,7 +18,7 @@ from quantize.hashing import SourceHasher
 from quantize.layerwise import LayerByLayer
 from quantize.methods import Method, choose
 from quantize.plan import Job, Plan
-from quantize.stream import Conversion, one_thread_each, workers
+from quantize.stream import Conversion, one_thread_each, remember_sources, workers
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def calibrate(decided: Plan, conversion: Conversion, hasher: SourceHasher, direc
         try:
             for module, record in calibrate_layers(model, consume):
                 assert isinstance(record, dict)
+                remember_sources(writer, hasher)
                 writer.finish(module, record)
                 meter.add(jobs[module].source.nbytes, module)
         except BaseException:

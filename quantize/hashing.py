@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from localmoe.errors import CheckpointError, StorageError
 from localmoe.formats.manifest import FileRecord
+from localmoe.hub.cache import is_digest
 
 _BUFFER = 4 * 2**20
 
@@ -55,15 +56,20 @@ class SourceHasher:
             future.set_result(FileRecord(digest, size))
             self._jobs[path] = future
         else:
-            self._jobs[path] = self._pool.submit(sha256_of, path, self._check_stop)
+            self._jobs[path] = self._pool.submit(self._hash, path)
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """Facts about the files that are hashed by now, for `known` of a later run."""
-        return {
-            path.name: {"sha256": job.result().sha256, "bytes": job.result().bytes, "mtime_ns": self._stats[path][1]}
-            for path, job in self._jobs.items()
-            if job.done()
-        }
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What is known of the files that were begun, for `known` of a later run: the hash of those that have one yet.
+
+        Raises CheckpointError for a file whose bytes are not those that were pulled.
+        """
+        facts: dict[str, dict[str, Any]] = {}
+        for path, job in self._jobs.items():
+            size, mtime_ns = self._stats[path]
+            facts[path.name] = {"bytes": size, "mtime_ns": mtime_ns}
+            if job.done():
+                facts[path.name]["sha256"] = job.result().sha256
+        return facts
 
     def results(self) -> dict[str, FileRecord]:
         """Wait for all files. Raises CheckpointError when one was changed since it was first looked at."""
@@ -72,6 +78,12 @@ class SourceHasher:
             if _stat(path) != before:
                 raise CheckpointError(f"{path}: was changed while it was being read; start again")
         return records
+
+    def _hash(self, path: Path) -> FileRecord:
+        record = sha256_of(path, self._check_stop)
+        if content_address(path) not in (None, record.sha256):
+            raise CheckpointError(f"{path}: its bytes are not those that were pulled; localmoe pull repairs it")
+        return record
 
     def _check_stop(self, done_bytes: int) -> None:
         if self._stop.is_set():
@@ -99,9 +111,39 @@ def look_at(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
     return {path: _stat(path) for path in paths}
 
 
-def stamp(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """(name, size, modification time in ns) of files: what changes when a file does, without reading it."""
-    return [(path.name, *_stat(path)) for path in sorted(paths)]
+def content_address(path: Path) -> str | None:
+    """The SHA-256 that a file of the hub's cache was pulled with, which is the name of what it links to."""
+    target = path.readlink() if path.is_symlink() else path
+    addressed = target is not path and target.parent.name == "blobs" and len(target.name) == 64
+    return target.name if addressed and is_digest(target.name) else None
+
+
+def stamp(
+    paths: Iterable[Path], listed: Mapping[str, tuple[int, str]] | None = None
+) -> list[tuple[str, int, int | str]]:
+    """(name, size, SHA-256 by the hub's cache or else modification time in ns) of files: what changes when a file does,
+    without reading it. `listed` are sizes and hashes, by name, of files that are still to come into that cache."""
+    listed = listed or {}
+    found: list[tuple[str, int, int | str]] = []
+    for path in sorted(paths):
+        if path.name in listed:
+            found.append((path.name, *listed[path.name]))
+        else:
+            size, mtime_ns = _stat(path)
+            found.append((path.name, size, content_address(path) or mtime_ns))
+    return found
+
+
+def unchanged(facts: Mapping[str, Mapping[str, Any]], paths: Iterable[Path]) -> bool:
+    """Whether what an earlier run read of `paths`, by its `facts`, is what is there: a file that has not been touched
+    since, or one that was found to be as it was pulled."""
+    for path in paths:
+        fact = facts.get(path.name)
+        if fact is None or fact.get("sha256", "") == content_address(path):
+            continue
+        if not path.is_file() or (fact.get("bytes"), fact.get("mtime_ns")) != _stat(path):
+            return False
+    return True
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def error_through(matrix: Tensor, hessian: Tensor, enough: float = math.inf) -> 
     H is symmetric, so what is above its diagonal counts twice; and no row takes anything away.
     """
     total = 0.0
-    for rows in matrix.split(_ROWS):
+    for rows in matrix.split(_ROWS):  # type: ignore[no-untyped-call]
         for start in range(0, len(hessian), _TILE):
             columns = slice(start, start + _TILE)
             part = rows[:, columns]

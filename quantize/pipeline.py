@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from quantize.calibration import DEFAULT_TEXT
 from quantize.card import CARD_NAME, card
 from quantize.foreign import ForeignCheckpoint, common_scheme
 from quantize.gate import Gate, measure
-from quantize.hashing import SourceHasher, look_at, sha256_of, stamp
+from quantize.hashing import SourceHasher, look_at, sha256_of, stamp, unchanged
 from quantize.methods import METHODS, Method
 from quantize.plan import Plan, plan, plan_conversion
 from quantize.progress import Meter, OnProgress
@@ -120,8 +121,9 @@ def quantize(
         else:
             decided = plan(reader, recipe_named(recipe), group_size)
         fingerprint = fingerprint_of(settings, decided, stamp(inputs))
+        same = partial(unchanged, paths=inputs)
         with (
-            CheckpointWriter.open(output, settings, fingerprint, decided.units) as writer,
+            CheckpointWriter.open(output, settings, fingerprint, decided.units, same) as writer,
             SourceHasher(writer.facts, seen) as hasher,
         ):
             conversion = Conversion(reader, writer, grid, meter, round_scales)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
@@ -146,13 +146,17 @@ def _job(info: TensorInfo, recipe: Recipe, group_size: int, *, tied: bool) -> Jo
 
 def _equal_copies(reader: SourceReader) -> dict[str, str]:
     """MTP tensors that equal the main model's, with the name of what they equal."""
-    tensors = reader.checkpoint.tensors
-    head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+    return {name: twin for name, twin in possible_copies(reader.checkpoint.tensors).items() if reader.equal(name, twin)}
+
+
+def possible_copies(names: Collection[str]) -> dict[str, str]:
+    """The MTP layers' embeddings and heads among a checkpoint's tensors, and which tensor each may be a copy of."""
+    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
     twins = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": head}
     found = {}
-    for name in sorted(tensors, key=_natural):
+    for name in sorted(names, key=_natural):
         match = re.fullmatch(r"model\.layers\.\d+\.(embed_tokens\.weight|shared_head\.head\.weight)", name)
-        if match and (twin := twins[match[1]]) in tensors and reader.equal(name, twin):
+        if match and (twin := twins[match[1]]) in names:
             found[name] = twin
     return found
 

@@ -152,7 +152,6 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: f
     writer, meter = conversion.writer, conversion.meter
     meter.restart("quantize", sum(job.source.nbytes for job in decided.jobs))
     resumed = 0
-    remembered: set[str] = set()
     count = workers()
     waiting: deque[tuple[Job, Future[Record]]] = deque()
     if any(job.scheme is not None and job.scheme.kind == "nf4" for job in decided.jobs):
@@ -161,13 +160,11 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: f
 
     def finish_oldest() -> None:
         job, future = waiting.popleft()
-        writer.finish(job.unit.name, future.result())
+        record = future.result()
+        remember_sources(writer, hasher)
+        writer.finish(job.unit.name, record)
         if conversion.feed is not None:
             conversion.feed.finished(job)
-        for name, fact in hasher.finished().items():
-            if name not in remembered:
-                remembered.add(name)
-                writer.remember(name, fact)
 
     with one_thread_each(), ThreadPoolExecutor(count) as pool:
         try:
@@ -194,6 +191,13 @@ def stream(decided: Plan, conversion: Conversion, hasher: SourceHasher, later: f
             pool.shutdown(cancel_futures=True)
             raise
     return resumed
+
+
+def remember_sources(writer: CheckpointWriter, hasher: SourceHasher) -> None:
+    """Which files the units that are recorded next were read from, for a run that goes on after a kill."""
+    for name, fact in hasher.facts().items():
+        if writer.facts.get(name) != fact:
+            writer.remember(name, fact)
 
 
 def workers() -> int:

@@ -40,6 +40,14 @@ def test_half_the_experts_on_the_card(on_card: Callable[..., Engine], tmp_path: 
         ids = [5]  # a row takes seconds on the interpreter
         steps = list(engine.generate(ids, max_tokens=2))
         assert len(steps) == 2
+        counts = engine.expert_hits()
+        assert counts is not None
+        tokens, k = len(ids) + 1, engine.config.num_experts_per_tok  # the last token drawn is not computed
+        assert counts[:, 1].tolist() == [0, *[tokens * k] * 5]
+        measured = engine.hit_rates()
+        assert measured == [hits / (tokens * k) for hits in counts[1:, 0].tolist()]
+        assert 0 < sum(measured) < 5
+        assert engine.hit_rates(counts) == [layer.gpu_hits for layer in engine.placement.layers[1:]]  # nothing since
         with load("demo:source", device="cpu", kernels="reference") as reference:
             assert [s.token_id for s in steps] == [s.token_id for s in reference.generate(ids, max_tokens=2)]
     (heat,) = (tmp_path / "heat").iterdir()

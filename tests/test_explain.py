@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def test_what_would_help_a_card_is_reckoned_as_plan_does() -> None:
     large, _ = explained(40 << 30)  # it holds everything: neither more of it nor faster CPU memory helps
     assert large.changes == []
     assert large.hit_rate_by_layer == pytest.approx([1.0] * 26)
+    measured = explain_card(replace(timed, hit_rates=[0.5] * 26), model, machine, placement, None)
+    assert measured.hit_rate_by_layer == [0.5] * 26
 
 
 def test_guesses_and_the_reference_leave_bytes_out() -> None:

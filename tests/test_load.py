@@ -90,7 +90,7 @@ class TestOpening:
     def test_the_demo(self, engine: Engine) -> None:
         assert engine.config.model_type == "deepseek_v3"
         assert engine.path == DEMO
-        assert engine.max_context == 512
+        assert engine.max_context == engine.config.max_position_embeddings >= 512
         assert engine.kernels.tier == "reference"
         assert engine.tokenizer.eos_ids == {1}
         assert engine.chat_template is not None
@@ -126,8 +126,9 @@ class TestOpening:
             with pytest.raises(ContextOverflowError, match="prompt has 40 tokens"):
                 engine.generate(range(40))
             assert len(list(engine.generate(list(range(7, 30))))) <= 17
-        with pytest.raises(UsageError, match="--ctx 513: the model was made for at most 512"):
-            load(DEMO, ctx=513)
+            most = engine.config.max_position_embeddings
+        with pytest.raises(UsageError, match=f"--ctx {most + 1}: the model was made for at most {most}"):
+            load(DEMO, ctx=most + 1)
         with pytest.raises(DeviceError, match=r"need 0\.00 GiB of memory and there are 0\.00"):
             load(DEMO, ram=1 << 20)
 
@@ -334,9 +335,10 @@ class TestPrompts:
         with pytest.raises(InputError):
             engine.logits([])
 
-    def test_thinking_is_refused_where_nothing_switches_it(self, engine: Engine) -> None:
-        with pytest.raises(UsageError, match="cannot switch thinking"):
-            engine.prompt_ids(CHAT, thinking=False)
+    def test_thinking_is_refused_where_nothing_switches_it(self, engine: Engine, model_copy: Path) -> None:
+        edit_json(model_copy / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+        with load(model_copy) as fixed, pytest.raises(UsageError, match="cannot switch thinking"):
+            fixed.prompt_ids(CHAT, thinking=False)
         with pytest.raises(UsageError, match="without messages"):
             engine.prompt_ids("Hi", thinking=True)
 

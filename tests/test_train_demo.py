@@ -98,7 +98,7 @@ def test_an_export_runs_as_it_was_trained(
         assert layer is not None
         states = engine.model.states(ids[:-1], LatentCache(engine.config, 100))
         own = layer.cache(100, torch.float32)
-        guess = torch.cat([layer.logits(layer.step(states[i : i + 1], int(ids[i + 1]), own)) for i in range(99)])
+        guess = torch.cat([layer.logits(layer.step(states[i : i + 1], [int(ids[i + 1])], own)) for i in range(99)])
     assert difference(found, wanted) < 2e-5
     assert difference(guess, wanted_guess) < 2e-5
 

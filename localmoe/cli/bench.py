@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 
 from localmoe.cli import opening, options, plot, speed, streams
 from localmoe.cli.opening import label, locate
+from localmoe.cli.option_groups import MachineOptions, grouped
 from localmoe.cli.plan import foreseen
 from localmoe.cli.sanitize import printable_line
 
@@ -21,27 +22,31 @@ _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
     "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
     "bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+    "hit_rate_by_layer (null: no card)",
     "predicted {prefill_tokens_per_second, decode_tokens_per_second}: what plan reckons from doctor's figures",
     "with --explain-speed also " + speed.KEYS, "with --plot also " + plot.KEYS,
 )  # fmt: skip
 
 
-def bench(
-    model: options.Model,
-    prompt: Annotated[int, typer.Option("-p", "--prompt", metavar="N", min=1, help="Tokens to prefill.")] = 512,
-    count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Tokens to decode.")] = 128,
+@dataclass(frozen=True)
+class Work:
+    """What is timed."""
+
+    prompt: Annotated[int, typer.Option("-p", "--prompt", metavar="N", min=1, help="Tokens to prefill.")] = 512
+    count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Tokens to decode.")] = 128
     context: Annotated[
         int, typer.Option("--context", metavar="N", min=0, help="Tokens in the cache before decoding begins.")
-    ] = 0,
-    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Medians over so many.")] = 3,
+    ] = 0
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Medians over so many.")] = 3
+
+
+@grouped
+def bench(
+    model: options.Model,
+    work: Work,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(", ".join(_KEYS)))] = False,
-    device: options.Device = "auto",
-    kernels: options.KernelTier = "auto",
-    threads: options.Threads = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
-    ctx: options.Context = None,
-    cache_dtype: options.CacheDtype = "auto",
+    *,
+    on: MachineOptions,
     explain_speed: options.ExplainSpeed = False,
     plot_to: Annotated[
         Path | None,
@@ -56,7 +61,7 @@ def bench(
     Random tokens, so it needs no text. Memory bandwidth is measured in the same run; breakdown is in milliseconds of
     a decoded token.
     """
-    machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
+    machine = on.machine()
     if plot_to is not None:
         plot.check(plot_to)
     resolved = locate(model)
@@ -72,16 +77,16 @@ def bench(
     try:
         result = measure(
             open_engine,
-            prompt_tokens=prompt,
-            completion_tokens=count,
-            context=context,
-            repeats=repeats,
+            prompt_tokens=work.prompt,
+            completion_tokens=work.count,
+            context=work.context,
+            repeats=work.repeats,
             progress=lambda what: streams.passing_remark(f"{what} ..."),
         )
-        charts = None if plot_to is None else plot.measure(resolved, machine, context)
+        charts = None if plot_to is None else plot.measure(resolved, machine, work.context)
     finally:
         streams.passing_remark("")
-    first, then = foreseen(resolved.path / "config.json", machine, prompt, context + count // 2)
+    first, then = foreseen(resolved.path / "config.json", machine, work.prompt, work.context + work.count // 2)
     predicted = {"prefill_tokens_per_second": first, "decode_tokens_per_second": then}
     why = {"speed": speed.of_benchmark(opened[0], result)} if explain_speed else {}
     drawn: dict[str, Any] = {}

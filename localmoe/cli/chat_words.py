@@ -71,7 +71,7 @@ def recap(kept: Kept, conversation: Conversation) -> str:
     if kept.is_new:
         return f"session {kept.name} begins; it is kept until `localmoe sessions rm {kept.name}`"
     turns = conversation.turns
-    lines = [f"session {kept.name} goes on: {len(turns)} turns, {kept.tokens} tokens"]
+    lines = [f"session {kept.name} goes on: {units.counted(len(turns), 'turn')}, {kept.tokens} tokens"]
     if len(turns) > _RECALLED:
         lines.append("  ...")
     width = max(streams.columns() - 6, 20)

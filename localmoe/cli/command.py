@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand, TyperGroup
 
 from localmoe.cli import config_file, prompt_template
+from localmoe.cli.coercion import hastened
 from localmoe.cli.examples import EXAMPLES
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.values import suggestion
@@ -29,6 +30,9 @@ class Command(TyperCommand):
             extra["default_map"] = config_file.read().defaults(info_name)
         return super().make_context(info_name, args, parent, **extra)
 
+    def get_params(self, ctx: Any) -> Any:
+        return hastened(super().get_params(ctx))
+
     def invoke(self, ctx: Any) -> Any:
         name = ctx.params.get("template")
         if name is not None:  # its settings come after what was typed, before the config file's
@@ -45,6 +49,9 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """A command with commands of its own."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return hastened(super().get_params(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = self.list_commands(ctx)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localmoe.cli import model_argument, options, prompt, streams
+from localmoe.cli.option_groups import MachineOptions, grouped
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from localmoe.cli.render import Advance
     from quantize.evaluate import EvaluatedEngine, EvaluationProgress, LayerwiseModel
-    from quantize.positions import Evaluation, TokenClass
+    from quantize.positions import Evaluation, Positions, TokenClass
 
 _FIGURES = (
     "tokens, perplexity, perplexity_error, reference_perplexity, reference_perplexity_error, kld_mean, kld_error, "
@@ -27,6 +28,7 @@ _KEYS = (
 )
 
 
+@grouped
 def evaluate(
     model: options.Model,
     text: Annotated[Path, typer.Option("--text", metavar="FILE", show_default=False, help="The text to predict.")],
@@ -52,13 +54,8 @@ def evaluate(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
-    device: options.Device = "auto",
-    kernels: options.KernelTier = "auto",
-    threads: options.Threads = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
-    ctx: options.Context = None,
-    cache_dtype: options.CacheDtype = "auto",
+    *,
+    on: MachineOptions,
     deterministic: options.Deterministic = False,
     debug: options.Debug = False,
 ) -> None:
@@ -67,8 +64,7 @@ def evaluate(
     KLD is the divergence of MODEL's next-token distribution from the reference's, in nats a token; same top-1
     is how often both find the same token likeliest. +- is one standard error.
     """
-    machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
-    machine = replace(machine, deterministic=deterministic)
+    machine = replace(on.machine(), deterministic=deterministic)
     content = prompt.read_file(text)
     reference = None if reference is None else model_argument.meant(reference)
     if plot is not None:
@@ -78,10 +74,28 @@ def evaluate(
 
         check_plot(plot)
 
+    streamed = _layerwise(layerwise, machine, [model] if reference is None else [model, reference])
+    found, classes = _measured((model, reference), machine, content, streamed=streamed, by_class=by_class)
+    result = found.summary()
+    if plot is not None:
+        from quantize.plots import plot_divergence
+
+        plot_divergence(found, plot, f"{model} against {reference}, {result.tokens:,} tokens")
+    if as_json:
+        records = None if classes is None else [_class_record(entry) for entry in classes]
+        streams.write_json(asdict(result) | {"layerwise": streamed, "classes": records})
+    else:
+        streams.write(as_text(result) + (_classes_text(classes) if classes else ""))
+
+
+def _measured(
+    models: tuple[str, str | None], machine: options.Machine, content: str, *, streamed: bool, by_class: bool
+) -> tuple[Positions, list[TokenClass] | None]:
+    """Run a model and its reference over the text, with a progress bar."""
     from localmoe.cli.render import progress_bar
     from quantize.evaluate import evaluate as measure
 
-    streamed = _layerwise(layerwise, machine, [model] if reference is None else [model, reference])
+    model, reference = models
     with ExitStack() as opened:
         if streamed:
             advance = opened.enter_context(progress_bar("eval", counts="tokens"))
@@ -97,17 +111,7 @@ def evaluate(
             advance(progress.done_tokens, progress.total_tokens, "tokens")
 
         found = measure(engine, content, reference=other, progress=report)
-        classes = found.classes(engine.tokenizer) if by_class else None
-    result = found.summary()
-    if plot is not None:
-        from quantize.plots import plot_divergence
-
-        plot_divergence(found, plot, f"{model} against {reference}, {result.tokens:,} tokens")
-    if as_json:
-        records = None if classes is None else [_class_record(entry) for entry in classes]
-        streams.write_json(asdict(result) | {"layerwise": streamed, "classes": records})
-    else:
-        streams.write(as_text(result) + (_classes_text(classes) if classes else ""))
+        return found, found.classes(engine.tokenizer) if by_class else None
 
 
 def _layerwise(asked: bool | None, machine: options.Machine, models: list[str]) -> bool:

@@ -13,29 +13,35 @@ from localmoe.cli.sanitize import printable_line
 from localmoe.errors import ModelNotFoundError, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from localmoe.cli.options import Machine
-    from localmoe.hub import Survey
+    from localmoe.cli.render import Advance
+    from localmoe.hub import ModelRef, Survey
     from localmoe.offload.machine import Machine as Speeds
     from localmoe.offload.plan import Plan
+    from quantize.arriving import Progress
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a first run would do. `quantized_bytes` is 0 where the files run as their makers ship them."""
+    """What a first run would do. `quantized_bytes` is 0 where the files run as their makers ship them; `made_bytes` are
+    on the disk already."""
 
     name: str
     recipe: str | None
     survey: Survey
     quantized_bytes: int
+    made_bytes: int
     speeds: Speeds
     plan: Plan
 
     def disks(self) -> list[tuple[Path, int, int]]:
         """(a place on it, bytes needed, bytes free) of each disk."""
         found: dict[int, tuple[Path, int, int]] = {}
-        for place, needed in ((self.survey.directory, self.survey.missing_bytes), (store.home(), self.quantized_bytes)):
+        to_make = max(0, self.quantized_bytes - self.made_bytes)
+        for place, needed in ((self.survey.directory, self.survey.missing_bytes), (store.home(), to_make)):
             there = next(path for path in (place, *place.parents) if path.exists())
             first, before, _ = found.get(there.stat().st_dev, (place, 0, 0))
             found[there.stat().st_dev] = (first, before + needed, shutil.disk_usage(there).free)
@@ -43,7 +49,8 @@ class _Wanted:
 
 
 def bring(model: str, machine: Machine, error: ModelNotFoundError, *, yes: bool) -> None:
-    """Download `model`, of which `error` says that it is not here; quantizing is `opening.locate`'s next step.
+    """Download `model`, of which `error` says that it is not here, and quantize what has come meanwhile; to finish that
+    is `opening.locate`'s next step.
 
     Raises `error` for what no hub has and where nobody can be asked, StorageError and DeviceError, before anything is
     downloaded, for a disk or a memory too small, and what `hub.pull` raises.
@@ -68,18 +75,50 @@ def bring(model: str, machine: Machine, error: ModelNotFoundError, *, yes: bool)
     if not (yes or wanted.survey.begun or _agreed(wanted)):
         raise ModelNotFoundError(f"{ref.name} was not downloaded")
 
-    from localmoe.cli.models import fetch
-
-    fetch(ref if ref.ending == "source" else store.ModelRef(ref.name, None, None))
+    _fetch(ref, wanted.recipe)
 
 
 def _reckon(name: str, recipe: str | None, survey: Survey, machine: Machine) -> _Wanted:
     from localmoe.cli.plan import forecast
 
     subject, speeds, plan, as_stored = forecast(survey.config, recipe, machine)
-    if as_stored:
-        return _Wanted(name, None, survey, 0, speeds, plan)
-    return _Wanted(name, recipe, survey, subject.sizes.nbytes, speeds, plan)
+    if as_stored or recipe is None:
+        return _Wanted(name, None, survey, 0, 0, speeds, plan)
+    made = store.unfinished_bytes(store.artifact_dir(name, recipe))
+    return _Wanted(name, recipe, survey, subject.sizes.nbytes, made, speeds, plan)
+
+
+def _fetch(ref: ModelRef, recipe: str | None) -> None:
+    """Pull with a progress bar and, for a `recipe`, quantize what comes shard by shard. Ctrl-C loses nothing."""
+    from localmoe.cli.render import progress_bar
+    from localmoe.hub.download import pull_weights, pull_without_weights
+
+    try:
+        with progress_bar("pull") as advance:
+            found = pull_without_weights(ref)
+            if recipe is not None:
+                from quantize.arriving import comes_in_parts, quantize_arriving
+
+                if comes_in_parts(found):
+                    output = store.artifact_dir(ref.name, recipe)
+                    quantize_arriving(found, output, recipe, progress=_told(advance))
+                    return
+            pull_weights(found, progress=lambda step: advance(step.done_bytes, step.total_bytes, step.item))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; what is here is kept, and the same command goes on from there") from None
+
+
+def _told(advance: Advance) -> Callable[[Progress], None]:
+    """The pull's bytes and, beside them, how much is quantized; once all is here, the quantization's own."""
+
+    def report(step: Progress) -> None:
+        if step.pulled_bytes < step.pull_bytes:
+            share = f"{step.quantized_bytes / step.quantize_bytes:.0%} quantized" if step.quantize_bytes else step.item
+            advance(step.pulled_bytes, step.pull_bytes, share)
+        elif step.quantize_bytes:
+            advance(step.quantized_bytes, step.quantize_bytes, f"quantize {step.item}")
+
+    return report
 
 
 def _check_space(wanted: _Wanted) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import json
 from typing import TYPE_CHECKING
 
@@ -10,6 +13,7 @@ from localmoe.cli import streams
 from localmoe.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from localmoe.cli.options import Machine
@@ -39,9 +43,24 @@ def open_found(resolved: Resolved, machine: Machine) -> Engine:
     """The engine of a model that was found."""
     streams.passing_remark(f"loading {label(resolved)} ...")
     try:
-        return load_engine(resolved.path, machine)
+        with _nothing_collected():
+            return load_engine(resolved.path, machine)
     finally:
         streams.passing_remark("")
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No search for garbage while torch and the model come, of which none is: one pass over torch's objects takes a
+    tenth of a second. Later passes leave out what was there after the first model; a second one's is looked at."""
+    gc.disable()
+    try:
+        yield
+        if not gc.get_freeze_count():
+            gc.freeze()
+            atexit.register(gc.unfreeze)  # at the end the extension is taken down as ever
+    finally:
+        gc.enable()
 
 
 def load_engine(path: Path, machine: Machine, counts: ExpertCounts | None = None) -> Engine:
@@ -105,7 +124,10 @@ def _quantize_first(name: str, recipe: str, source: Path) -> None:
 
     if packed_by_others(source):
         recipe = "converted"
-    streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")
     output = store.artifact_dir(name, recipe)
+    if store.unfinished_bytes(output):
+        streams.tell(f"{name}:{recipe} is quantized in part: finishing it")
+    else:
+        streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")
     make_artifact(source, output, recipe)
     streams.tell(f"quantized to {output}")

@@ -12,6 +12,7 @@ import typer
 
 from localmoe import store
 from localmoe.cli import options, prompt, streams, units
+from localmoe.cli.option_groups import grouped
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.values import check_choice
 from localmoe.errors import UsageError
@@ -33,25 +34,23 @@ _KEYS = (
 _WORST = 3
 
 
-def quantize(
-    model: options.NamedModel,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Where to put it.  [default: localmoe's own store]"),
-    ] = None,
+@dataclass(frozen=True)
+class Rounding:
+    """How weights become 4 bits."""
+
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", metavar="R", help=f"{', '.join(store.RECIPES)}.  [default: balanced]"),
-    ] = None,
+    ] = None
     group_size: Annotated[
         int, typer.Option("--group-size", metavar="32|64|128", help="Weights that share one scale.")
-    ] = 32,
+    ] = 32
     grid: Annotated[
         str,
         typer.Option(
             "--grid", metavar="mse|absmax", help="Search the scales for the least error, or take the largest weight's."
         ),
-    ] = "mse",
+    ] = "mse"
     method: Annotated[
         str | None,
         typer.Option(
@@ -60,39 +59,57 @@ def quantize(
             help="Round to the nearest, compensate errors (GPTQ), or choose by measured error.  "
             "[default: rtn; with --calibrate auto]",
         ),
-    ] = None,
+    ] = None
     calibrate: Annotated[
         Path | None,
         typer.Option(
             "--calibrate", metavar="FILE", help="Run the model on this text first.  [gptq and auto: a text of ours]"
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is measured and allowed, and where the source stays."""
+
     gate: Annotated[
         float | None,
         typer.Option(
             "--gate", metavar="KLD", min=0, help="Fail if the mean KLD to the source is above this (0.05, say)."
         ),
-    ] = None,
+    ] = None
     round_scales: Annotated[
         bool,
         typer.Option(
             "--round-scales", help="Of a GPTQ or AWQ checkpoint: round scales that bf16 does not hold exactly."
         ),
-    ] = False,
+    ] = False
     discard_source: Annotated[
         bool,
         typer.Option(
             "--discard-source",
             help="Pull a shard, quantize it, drop it: for a disk that does not hold the source. Takes no calibration.",
         ),
-    ] = False,
+    ] = False
     revision: Annotated[
         str | None,
         typer.Option(
             "--revision", metavar="R", help="With --discard-source: a branch, tag or commit.  [default: main]"
         ),
+    ] = None
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not measure what was lost.")] = False
+
+
+@grouped
+def quantize(
+    model: options.NamedModel,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Where to put it.  [default: localmoe's own store]"),
     ] = None,
-    no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not measure what was lost.")] = False,
+    *,
+    how: Rounding,
+    checks: Checks,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -103,37 +120,38 @@ def quantize(
     MODEL may end in :RECIPE instead of --recipe. A GPTQ or AWQ checkpoint is converted, with the same numbers.
     """
     ref = store.parse_ref(model)
-    checked = _grid(grid)
-    if group_size not in (32, 64, 128):
-        raise UsageError(f"--group-size: {group_size} is not one of 32, 64, 128")
-    if no_gate and gate is not None:
+    grid = _grid(how.grid)
+    if how.group_size not in (32, 64, 128):
+        raise UsageError(f"--group-size: {how.group_size} is not one of 32, 64, 128")
+    if checks.no_gate and checks.gate is not None:
         raise UsageError("--no-gate measures nothing, so --gate has nothing to compare: give one of them")
-    rounding = _method(method, calibrate is not None)
-    text = prompt.read_file(calibrate) if calibrate is not None else None
-    if discard_source:
-        if rounding != "rtn" or text is not None or round_scales:
+    rounding = _method(how.method, how.calibrate is not None)
+    text = prompt.read_file(how.calibrate) if how.calibrate is not None else None
+    if checks.discard_source:
+        if rounding != "rtn" or text is not None or checks.round_scales:
             raise UsageError(
                 "--discard-source never has the whole source: leave out --method, --calibrate, --round-scales"
             )
-        wanted = _Remote(ref, _recipe(ref, recipe, None), revision)
-        _discarding(wanted, output, group_size, checked, measure=not no_gate, limit=gate, as_json=as_json)
+        remote = _Remote(ref, _recipe(ref, how.recipe, None), checks.revision)
+        measure = not checks.no_gate
+        _discarding(remote, output, how.group_size, grid, measure=measure, limit=checks.gate, as_json=as_json)
         return
-    if revision is not None:
+    if checks.revision is not None:
         raise UsageError("--revision goes with --discard-source; `localmoe pull --revision` chooses it before")
     source = _source(ref)
-    chosen = _recipe(ref, recipe, source)
+    chosen = _recipe(ref, how.recipe, source)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
     report = make_artifact(
         source,
         target,
         chosen,
-        group_size=group_size,
-        grid=checked,
+        group_size=how.group_size,
+        grid=grid,
         method=rounding,
         text=text,
-        measure=not no_gate,
-        limit=gate,
-        round_scales=round_scales,
+        measure=not checks.no_gate,
+        limit=checks.gate,
+        round_scales=checks.round_scales,
     )
     name = str(target) if output is not None else f"{ref.name}:{chosen}"
     if as_json:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams
-from localmoe.cli.answer import Answer, Request, collect, guesses, unmet
+from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams, units
+from localmoe.cli.answer import Answer, collect, guesses, unmet
 from localmoe.cli.failure import INTERRUPTED, Failure, describe
 from localmoe.cli.kept import Kept, turns_to_drop
+from localmoe.cli.option_groups import AnswerOptions, EngineOptions, grouped
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from typing import BinaryIO, TextIO
 
+    from localmoe.cli.answer import Request
     from localmoe.cli.conversation import Conversation
     from localmoe.engine import Engine
     from localmoe.speculative import SpeculationStats
@@ -32,58 +34,66 @@ _JSON_KEYS = (
 )
 
 
-def run(
-    model: options.Model,
-    prompt_text: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", show_default=False, help="What to ask.")
-    ] = None,
+@dataclass(frozen=True)
+class Asked:
+    """What to ask."""
+
+    prompt_text: Annotated[str | None, typer.Argument(metavar="PROMPT", show_default=False, help="What to ask.")] = None
     file: Annotated[
         list[Path] | None,
         typer.Option("-f", "--file", metavar="FILE", show_default=False, help="Add a text file. May be repeated."),
-    ] = None,
+    ] = None
     template: Annotated[
         str | None,
         typer.Option("--template", metavar="NAME", help="Fill in a saved prompt (localmoe templates) with the rest."),
-    ] = None,
+    ] = None
     param: Annotated[
         list[str] | None,
         typer.Option("--param", metavar="NAME=VALUE", show_default=False, help="What {NAME} is in the template."),
-    ] = None,
+    ] = None
     jsonl: Annotated[
         str | None,
         typer.Option("--jsonl", metavar="FILE|-", help="Answer many prompts, one JSON text or object a line."),
-    ] = None,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    logit_bias: options.LogitBias = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    system: options.System = None,
-    session: options.Session = None,
-    when_full: options.WhenFull = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")
-    ] = False,
+    ] = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the answer has to be."""
+
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template, output byte for byte.")] = (
+        False
+    )
     schema: Annotated[
         Path | None,
         typer.Option("--schema", metavar="FILE", help="Answer in JSON that fulfils the JSON schema in FILE."),
-    ] = None,
+    ] = None
     grammar: Annotated[
         Path | None,
         typer.Option("--grammar", metavar="FILE", help="Answer in the language of a grammar (Lark or GBNF) in FILE."),
-    ] = None,
+    ] = None
     choice: Annotated[
         list[str] | None,
         typer.Option("--choice", metavar="TEXT", show_default=False, help="Answer with one of these. Repeat it."),
-    ] = None,
-    think: options.Think = None,
-    show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False,
+    ] = None
+
+    def constraint(self) -> dict[str, Any]:
+        """For `Engine.generate`. Raises UsageError for more than one, InputError for a file that cannot be read."""
+        given = {"schema": self.schema, "grammar": self.grammar, "choice": self.choice}
+        asked = {name: value for name, value in given.items() if value is not None}
+        if len(asked) > 1:
+            raise UsageError(f"--{' and --'.join(asked)}: an answer can be held to one of them")
+        if self.choice is not None and "" in self.choice:
+            raise UsageError("--choice: an empty text is no answer")
+        return {name: prompt.read_file(value) if isinstance(value, Path) else value for name, value in asked.items()}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of the answer, and where."""
+
+    think: options.Think = None
+    show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Send the thinking to stderr.")] = False
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -93,20 +103,26 @@ def run(
             max=100,
             help="With --json: every token with its log probability, and the N likeliest at its place.",
         ),
-    ] = None,
+    ] = None
     think_to: Annotated[
         Path | None, typer.Option("--think-to", metavar="FILE", help="Write the thinking to a file.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_JSON_KEYS))] = False,
-    device: options.Device = "auto",
-    kernels: options.KernelTier = "auto",
-    threads: options.Threads = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
-    ctx: options.Context = None,
-    cache_dtype: options.CacheDtype = "auto",
-    mtp: options.Mtp = "auto",
-    deterministic: options.Deterministic = False,
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_JSON_KEYS))] = False
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the thinking goes anywhere."""
+        return self.show_thinking or self.think_to is not None
+
+
+@grouped
+def run(
+    model: options.Model,
+    asked: Asked,
+    wanted: AnswerOptions,
+    form: Form,
+    shown: Shown,
+    on: EngineOptions,
     explain_speed: options.ExplainSpeed = False,
     yes: options.Yes = False,
     debug: options.Debug = False,
@@ -123,88 +139,92 @@ def run(
     but model, in the order of the lines, written when it is done; what is wrong with a line is an object with error,
     the others go on, and the exit status is 1 at the end. PROMPT, files and a template stand above every line.
     """
-    model, prompt_text = model_argument.with_prompt(model, prompt_text)
-    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
-    flags = options.SamplingFlags(temp, top_p, top_k, min_p, *penalties).given()
-    bias = options.parse_bias(logit_bias)
-    machine = options.machine(device, kernels, threads, vram, ram, ctx, cache_dtype)
-    machine = replace(machine, mtp=options.parse_mtp(mtp), deterministic=deterministic)
-    shows_thinking = show_thinking or think_to is not None
-    _refuse_what_raw_leaves_out(raw, session, jsonl, system is not None or think is not None or shows_thinking)
-    _refuse_what_needs_or_has_json(as_json, jsonl, shows_thinking, explain_speed, logprobs)
-    options.check_stop(stop)
-    options.check_when_full(when_full)
-    constraint = _constraint(schema, grammar, choice)
-    form = asking.form(raw, system, template, param)
+    model, prompt_text = model_argument.with_prompt(model, asked.prompt_text)
+    machine = on.machine()
+    wanted.check()
+    _refuse_what_raw_leaves_out(form, asked, wanted, shown)
+    _refuse_what_needs_or_has_json(asked, shown, explain_speed)
+    constraint = form.constraint()
+    filled = asking.form(form.raw, wanted.system, asked.template, asked.param)
+    alone = asked.jsonl is None
     text = prompt.assemble(
-        prompt_text, file or [], may_be_empty=raw, needed=form.needs_text and jsonl is None, reads_input=jsonl is None
+        prompt_text, asked.file or [], may_be_empty=form.raw, needed=filled.needs_text and alone, reads_input=alone
     )
-    asked = "" if jsonl is not None else form.ask(text)
-    lines = None if jsonl is None else batch.open_lines(jsonl)  # a wrong path is said before the work
+    question = filled.ask(text) if alone else ""
+    lines = None if asked.jsonl is None else batch.open_lines(asked.jsonl)  # a wrong path is said before the work
 
     from localmoe.cli.opening import label, open_engine
 
-    thoughts = None if think_to is None else _open_for_thinking(think_to)  # a wrong path is said before the work
-    with Kept.open(session) as kept:
+    thoughts = None if shown.think_to is None else _open_for_thinking(shown.think_to)  # and so is this one
+    with Kept.open(wanted.session) as kept:
         resolved, engine = open_engine(model, kept.machine(machine), yes=yes)
         with engine:
             kept.restore(engine, label(resolved))
-            request = Request(
-                sampling=settings.sampling(kept.flags(flags), resolved.name, engine.generation_defaults),
-                max_tokens=max_tokens,
-                seed=seed,
-                stop=stop or (),
-                thinking=None if raw else settings.thinking(think, "run", engine, form.wishes_thinking),
-                logit_bias=bias,
-                top_logprobs=logprobs,
-                constraint=constraint,
-            )
-            request = kept.request(request)
+            sampling = settings.sampling(kept.flags(wanted.flags()), resolved.name, engine.generation_defaults)
+            thinks = None if form.raw else settings.thinking(shown.think, "run", engine, filled.wishes_thinking)
+            request = wanted.request(sampling, thinks)
+            request = kept.request(replace(request, top_logprobs=shown.logprobs, constraint=constraint))
             if lines is not None:
-                _answer_lines(engine, lines, batch.Shared(text, form, request, _record))
+                _answer_lines(engine, lines, batch.Shared(text, filled, request, _record))
                 return
-            turn = _Turn.of(kept, asked)
+            turn = _Turn.of(kept, question)
             if turn is not None:
-                asked = turn.messages(engine, request.thinking, when_full)
-            printer = _Printer(answer=not as_json, thinking=show_thinking)
-            timed = speed.timer(engine) if explain_speed else None
-            answer = collect(engine, asked, request, printer.show, timed=timed, reuse_prefix=turn is not None)
-            printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
-            failure = _unmet(answer)
-            if failure is None and turn is not None:  # what does not fulfil its form is no turn to go on from
-                failure = turn.keep(engine, label(resolved), answer, request)
-            if thoughts is not None:
-                _write_thinking(think_to, thoughts, answer.thinking)
-            why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
-            if as_json:
-                explained = {key: speed.as_json(value) for key, value in why.items()}
-                wrong = {} if failure is None else {"error": {"kind": failure.kind, "message": failure.message}}
-                streams.write_json({"model": label(resolved), **_record(answer)} | explained | wrong)
-            streams.remark(statistics(answer, engine.max_context))
-            if why and not as_json:
-                speed.tell(why["speed"])
-    if failure is not None:
-        streams.tell(f"localmoe: {failure.message}")
-        raise typer.Exit(failure.exit_code)
-    if answer.finish_reason == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+                question = turn.messages(engine, request.thinking, wanted.when_full)
+            answering = _Answering(engine, label(resolved), request, shown, thoughts)
+            status = answering.run(question, turn, raw=form.raw, explains=explain_speed)
+    if status:
+        raise typer.Exit(status)
 
 
-def _refuse_what_raw_leaves_out(raw: bool, session: str | None, jsonl: str | None, needs_template: bool) -> None:
-    if session is not None and (raw or jsonl is not None):
+@dataclass(frozen=True)
+class _Answering:
+    """One answer of `engine`, called `name`; `thoughts` is the open file of --think-to."""
+
+    engine: Engine
+    name: str
+    request: Request
+    shown: Shown
+    thoughts: TextIO | None
+
+    def run(self, question: str | list[Message], turn: _Turn | None, *, raw: bool, explains: bool) -> int:
+        """Answer, and show what is to be shown; the exit status."""
+        engine, shown = self.engine, self.shown
+        printer = _Printer(answer=not shown.as_json, thinking=shown.show_thinking)
+        timed = speed.timer(engine) if explains else None
+        answer = collect(engine, question, self.request, printer.show, timed=timed, reuse_prefix=turn is not None)
+        printer.finish(add_newline=not raw or streams.is_terminal(sys.stdout))
+        failure = _unmet(answer)
+        if failure is None and turn is not None:  # what does not fulfil its form is no turn to go on from
+            failure = turn.keep(engine, self.name, answer, self.request)
+        if self.thoughts is not None:
+            _write_thinking(shown.think_to, self.thoughts, answer.thinking)
+        why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
+        if shown.as_json:
+            explained = {key: speed.as_json(value) for key, value in why.items()}
+            wrong = {} if failure is None else {"error": {"kind": failure.kind, "message": failure.message}}
+            streams.write_json({"model": self.name, **_record(answer)} | explained | wrong)
+        streams.remark(statistics(answer, engine.max_context))
+        if why and not shown.as_json:
+            speed.tell(why["speed"])
+        if failure is not None:
+            streams.tell(f"localmoe: {failure.message}")
+            return failure.exit_code
+        return INTERRUPTED if answer.finish_reason == "interrupted" else 0
+
+
+def _refuse_what_raw_leaves_out(form: Form, asked: Asked, wanted: AnswerOptions, shown: Shown) -> None:
+    if wanted.session is not None and (form.raw or asked.jsonl is not None):
         raise UsageError("--session keeps a conversation, and --raw and --jsonl go without one")
-    if raw and needs_template:
+    if form.raw and (wanted.system is not None or shown.think is not None or shown.thinking):
         raise UsageError("--raw goes without the chat template, so --system and the thinking options mean nothing")
 
 
-def _refuse_what_needs_or_has_json(
-    as_json: bool, jsonl: str | None, shows_thinking: bool, explain_speed: bool, logprobs: int | None
-) -> None:
-    if logprobs is not None and not as_json and jsonl is None:
+def _refuse_what_needs_or_has_json(asked: Asked, shown: Shown, explain_speed: bool) -> None:
+    if shown.logprobs is not None and not shown.as_json and asked.jsonl is None:
         raise UsageError("--logprobs: they are a part of the JSON object; add --json")
-    if jsonl is not None and (as_json or shows_thinking):
+    if asked.jsonl is not None and (shown.as_json or shown.thinking):
         raise UsageError("--jsonl: each answer is a JSON object with its thinking; leave out what else asks for them")
-    if jsonl is not None and explain_speed:
+    if asked.jsonl is not None and explain_speed:
         raise UsageError("--explain-speed: it explains one answer, and --jsonl asks for many; leave out one of them")
 
 
@@ -225,18 +245,6 @@ def _open_for_thinking(path: Path) -> TextIO:
         return path.open("a", encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
-
-
-def _constraint(schema: Path | None, grammar: Path | None, choice: list[str] | None) -> dict[str, Any]:
-    """What the answer has to be, for `Engine.generate`. Raises UsageError for more than one, InputError for a file
-    that cannot be read."""
-    given = {"schema": schema, "grammar": grammar, "choice": choice}
-    asked = {name: value for name, value in given.items() if value is not None}
-    if len(asked) > 1:
-        raise UsageError(f"--{' and --'.join(asked)}: an answer can be held to one of them")
-    if choice is not None and "" in choice:
-        raise UsageError("--choice: an empty text is no answer")
-    return {name: prompt.read_file(value) if isinstance(value, Path) else value for name, value in asked.items()}
 
 
 def _unmet(answer: Answer) -> Failure | None:
@@ -276,9 +284,12 @@ class _Turn:
         if not count:
             raise ContextOverflowError(f"{full}; even alone the prompt is too long: shorten it")
         if when_full != "drop":
-            raise ContextOverflowError(f"{full}; --when-full drop lets go of the oldest {count} of {turns} turns")
+            raise ContextOverflowError(
+                f"{full}; --when-full drop lets go of the oldest {count} of {units.counted(turns, 'turn')}"
+            )
         conversation.drop_oldest(count)
-        streams.remark(f"the context is full: dropped the oldest {count} turns, {turns - count} are left")
+        dropped = units.counted(count, "turn")
+        streams.remark(f"the context is full: dropped the oldest {dropped}, {turns - count} are left")
         return conversation.asking(question)
 
     def keep(self, engine: Engine, name: str, answer: Answer, request: Request) -> Failure | None:

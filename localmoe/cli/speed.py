@@ -33,7 +33,7 @@ def timer(engine: Engine) -> PartTimer:
     """To be told of an answer's tokens."""
     from localmoe.explain import PartTimer
 
-    return PartTimer(engine.kernels.profile)
+    return PartTimer(engine.kernels.profile, engine.expert_hits, engine.hit_rates)
 
 
 def of_answer(engine: Engine, timed: PartTimer, answer: Answer) -> Explanation | None:
@@ -53,7 +53,8 @@ def of_benchmark(engine: Engine, result: Benchmark) -> Explanation:
     total = sum(parts.values())
     parts.pop("overhead", None)
     parts.pop(OTHER, None)
-    return _explained(engine, Sample(1, total, parts, result.context + result.completion_tokens // 2))
+    held = result.context + result.completion_tokens // 2
+    return _explained(engine, Sample(1, total, parts, held, hit_rates=result.hit_rate_by_layer))
 
 
 def as_json(explanation: Explanation | None) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.cli import model_argument, options, settings, speed, streams, transcript
-from localmoe.cli.answer import Answer, Request, collect, splitter
+from localmoe.cli import model_argument, options, settings, speed, streams, transcript, units
+from localmoe.cli.answer import Answer, Request, collect
 from localmoe.cli.chat_words import afterword, recap, statistics
 from localmoe.cli.conversation import Conversation
 from localmoe.cli.kept import Kept, turns_to_drop
@@ -82,7 +82,12 @@ class Chat:
 
     def status(self) -> str:
         """The line under the prompt."""
-        return status(self._engine, self._name, self._last)
+        return status(self._engine, self._name, self._last, self._held)
+
+    @property
+    def _held(self) -> int:
+        """Tokens of the session that goes on, until something else is said or it is forgotten."""
+        return self._kept.tokens if self._last is None and self._conversation.turns else 0
 
     def _next_draft(self) -> str:
         draft, self._draft = self._draft, ""
@@ -185,7 +190,8 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         turn = self._conversation.take_back()
-        _say("nothing to take back" if turn is None else f"forgotten; {len(self._conversation.turns)} turns are left")
+        left = units.are_left(len(self._conversation.turns), "turn")
+        _say("nothing to take back" if turn is None else f"forgotten; {left}")
 
     def _edit(self, _: str) -> None:
         turn = self._conversation.take_back()
@@ -201,7 +207,7 @@ class Chat:
             raise UsageError("/file PATH names the file to send along")
         text = fenced(Path(os.path.expanduser(name)))  # noqa: PTH111  (Path's raises for an unknown user)
         self._attached.append(text)
-        _say(f"{name} goes with the next question ({text.count(chr(10)) - 2} lines)")
+        _say(f"{name} goes with the next question ({units.counted(text.count(chr(10)) - 2, 'line')})")
 
     def _set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
@@ -231,7 +237,9 @@ class Chat:
             self._shows_thinking = how == "show"
             _say("thinking stays on the screen" if self._shows_thinking else "thinking is folded to one line")
         elif how in ("off", "on"):
-            splitter(self._engine, self._conversation.asking("?"), how == "on")  # refuses where there is no switch
+            template = self._engine.chat_template
+            if template is not None and not template.switches_thinking:
+                raise UsageError(f"/think {how}: this model's chat template has no switch for thinking")
             self._request = replace(self._request, thinking=how == "on")
             _say(f"thinking is {how} from the next answer on")
         else:
@@ -245,7 +253,8 @@ class Chat:
     def _load(self, name: str) -> None:
         self._conversation = transcript.load(transcript.path_of(name))
         self._last = self._unanswered = None
-        _say(f"{len(self._conversation.turns)} turns; the conversation goes on from there")
+        turns = units.counted(len(self._conversation.turns), "turn")
+        _say(f"{turns}; the conversation goes on from there")
 
     def _export(self, name: str) -> None:
         if not name:
@@ -330,9 +339,9 @@ class Chat:
         _say(f"the conversation no longer fits the context of {self._engine.max_context} tokens")
         if not count:
             _say("the last message was not added: even alone it is too long")
-        elif self._choose(f"Drop the oldest {count} of {turns} turns and go on?"):
+        elif self._choose(f"Drop the oldest {count} of {units.counted(turns, 'turn')} and go on?"):
             self._conversation.drop_oldest(count)
-            _say(f"dropped; {turns - count} turns are left")
+            _say(f"dropped; {units.are_left(turns - count, 'turn')}")
             return True
         else:
             _say("the last message was not added. /reset begins a new conversation, a shorter message may still fit")

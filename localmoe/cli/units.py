@@ -14,6 +14,16 @@ def size(count: int) -> str:
     return f"{number:.0f} {_SIZES[power]}" if number >= 100 else f"{number:.3g} {_SIZES[power]}"
 
 
+def counted(count: int, what: str) -> str:
+    """`1 turn`, `2 turns`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def are_left(count: int, what: str) -> str:
+    """`1 turn is left`, `no turn is left`."""
+    return f"no {what} is left" if count == 0 else f"{counted(count, what)} {'is' if count == 1 else 'are'} left"
+
+
 def quantity(count: int) -> str:
     """A count in thousands, millions or billions: `15.7 B`."""
     for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):

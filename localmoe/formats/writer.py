@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from localmoe.errors import CheckpointError, StorageError, UsageError
+from localmoe.errors import CheckpointError, StorageError, UsageError, VerificationError
 from localmoe.formats.journal import JOURNAL_NAME, Journal, storage_errors, sync_directory
 from localmoe.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, Settings
 from localmoe.formats.safetensors import TensorInfo, read_header
@@ -34,6 +34,7 @@ PARTIAL = ".partial"
 _SYNC_BYTES = 128 * 2**20  # written data may be redone after a kill up to this much
 _HASH_BYTES = 4 * 2**20
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
+Facts = Mapping[str, Mapping[str, Any]]
 _ALLOCATION_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -55,10 +56,18 @@ class CheckpointWriter:
         self._unsynced = 0
 
     @classmethod
-    def open(cls, directory: Path, settings: Settings, fingerprint: str, units: Sequence[Unit]) -> CheckpointWriter:
+    def open(
+        cls,
+        directory: Path,
+        settings: Settings,
+        fingerprint: str,
+        units: Sequence[Unit],
+        unchanged: Callable[[Facts], bool] = lambda facts: True,
+    ) -> CheckpointWriter:
         """Claim `directory` and make room for `units`, or take up what an earlier run left there.
 
-        `fingerprint` stands for everything that decides the output's bytes: another one starts over.
+        `fingerprint` stands for everything that decides the output's bytes: another one starts over, and so do `facts`
+        of an earlier run that are not `unchanged`.
         Raises UsageError when the directory holds other settings' output or something that is not ours,
         StorageError when the disk has no room (naming the bytes needed) or cannot be written.
         """
@@ -67,7 +76,7 @@ class CheckpointWriter:
         writer = cls(directory, units, journal, created)
         try:
             writer._check_owner(settings)
-            writer._begin(settings, fingerprint)
+            writer._begin(settings, fingerprint, unchanged)
         except BaseException:
             journal.close()
             raise
@@ -80,8 +89,8 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, CheckpointError):  # the source must change, which would start over anyway
-                self.discard()
+            if isinstance(error, CheckpointError) and not isinstance(error, VerificationError):
+                self.discard()  # the source must change, which would start over anyway
             elif error is not None:
                 with contextlib.suppress(StorageError):  # the first error is the one to tell
                     self.sync()
@@ -187,19 +196,22 @@ class CheckpointWriter:
                 f"{settings}; give it the same options, delete it, or write elsewhere with -o"
             )
 
-    def _begin(self, settings: Settings, fingerprint: str) -> None:
+    def _begin(self, settings: Settings, fingerprint: str, unchanged: Callable[[Facts], bool]) -> None:
         entries = self._journal.entries
-        resumable = bool(entries) and entries[0].get("fingerprint") == fingerprint
+        facts = {
+            entry["fact"]: entry["value"]
+            for entry in entries[1:]
+            if isinstance(entry.get("fact"), str) and isinstance(entry.get("value"), dict)
+        }
+        resumable = bool(entries) and entries[0].get("fingerprint") == fingerprint and unchanged(facts)
         committing = any("committing" in entry for entry in entries)
         if not (resumable and all(self._is_there(shard, committing) for shard in self._shards)):
             self._start_over(settings, fingerprint)
             return
+        self.facts = facts
         for entry in entries[1:]:
-            unit, fact = entry.get("unit"), entry.get("fact")
-            if unit in self._unit_bytes and isinstance(entry.get("record"), dict):
-                self.records[unit] = entry["record"]
-            elif isinstance(fact, str) and isinstance(entry.get("value"), dict):
-                self.facts[fact] = entry["value"]
+            if entry.get("unit") in self._unit_bytes and isinstance(entry.get("record"), dict):
+                self.records[entry["unit"]] = entry["record"]
         with storage_errors(self.directory):
             for shard in self._shards:
                 path = self._partial(shard) if self._partial(shard).exists() else self.directory / shard.file

@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from typing import Literal
 
 from localmoe.errors import HubError, ModelNotFoundError, StorageError, UsageError, VerificationError
 from localmoe.hub import cache, partial
-from localmoe.hub.cache import OnProgress, Progress
+from localmoe.hub.cache import OnProgress
 from localmoe.hub.listing import Listing, RemoteFile, ask_hub, check_revision, hub_errors
+from localmoe.hub.meter import Meter, StoppedError
 from localmoe.hub.names import ModelRef, printable, refuse_unsupported, repo_of
 from localmoe.hub.verify import demo_directory, verify_source
 
@@ -31,6 +31,8 @@ WORKERS = 4
 CONFIG = "config.json"
 
 State = Literal["present", "downloaded", "resumed", "repaired"]
+
+OnArrival = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,19 @@ def pull_without_weights(ref: ModelRef, *, revision: str | None = None) -> Witho
         return _Pull(ref.name, listing, None).without_weights()
 
 
+def pull_weights(
+    found: WithoutWeights,
+    *,
+    first: Collection[str] = (),
+    progress: OnProgress | None = None,
+    arrived: OnArrival = lambda name: None,
+) -> PullReport:
+    """Bring the rest of what `pull_without_weights` found: the shards in `first`, then the others by name. `arrived` is
+    told, in any thread, each shard that is here and right. Raises as `pull` does, and what `progress` raises."""
+    with quiet_hub():
+        return _Pull(found.name, found.listing, progress).run(first, arrived)
+
+
 def _check_only(name: str, repo: str | None, path: Path, progress: OnProgress | None) -> PullReport:
     report = verify_source(path, progress=progress)
     report.raise_if_bad()
@@ -190,37 +205,6 @@ def quiet_hub() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _StoppedError(Exception):
-    """Another file's download failed, or the user pressed Ctrl-C."""
-
-
-class _Meter:
-    """Adds up the bytes of all files, from all threads, and passes them on."""
-
-    def __init__(self, total: int, report: OnProgress | None) -> None:
-        self.total = total
-        self.received = 0
-        self.stop = threading.Event()
-        self._done: dict[str, int] = {}
-        self._report = report
-        self._lock = threading.Lock()
-
-    def advance(self, item: str, count: int) -> None:
-        if self.stop.is_set():
-            raise _StoppedError
-        with self._lock:
-            self._done[item] = self._done.get(item, 0) + count
-            if self._report is not None:
-                self._report(Progress(sum(self._done.values()), self.total, item))
-
-    def start_over(self, item: str) -> None:
-        self.advance(item, -self._done.get(item, 0))
-
-    def count_received(self, count: int) -> None:
-        with self._lock:
-            self.received += count
-
-
 class _Pull:
     """One pull of one repository at one commit."""
 
@@ -229,18 +213,18 @@ class _Pull:
         self._listing = listing
         self._directory = cache.repo_directory(listing.repo)
         self._snapshot = self._directory / "snapshots" / listing.commit
-        self._meter = _Meter(sum(file.size for file in listing.files), report)
+        self._meter = Meter(sum(file.size for file in listing.files), report)
 
-    def run(self) -> PullReport:
+    def run(self, first: Collection[str] = (), arrived: OnArrival = lambda name: None) -> PullReport:
         small = [file for file in self._listing.files if not file.is_weights]
         with hub_errors(self._listing.repo, self._listing.revision, f"while writing to {self._directory}"):
             self._snapshot.mkdir(parents=True, exist_ok=True)
         done = [self._ensure(file) for file in small]
         self._check_supported()
-        weights = self._weights()
+        weights = sorted(self._weights(), key=lambda file: file.name not in first)
         self._meter.total = sum(file.size for file in (*small, *weights))
         self._check_space(weights)
-        done += self._ensure_all(weights)
+        done += self._ensure_all(weights, arrived)
         self._finish()
         received = self._meter.received
         repo, commit = self._listing.repo, self._listing.commit
@@ -317,31 +301,35 @@ class _Pull:
         held = sum(path.stat().st_size for file in missing.values() if (path := self._partial(file)).exists())
         return sum(file.size for file in missing.values()) - held
 
-    def _ensure_all(self, files: Sequence[RemoteFile]) -> list[PulledFile]:
-        # Files of the same content share one blob, so only the first of them is a download of its own.
-        first = list({file.digest: file for file in files}.values())
+    def _ensure_all(self, files: Sequence[RemoteFile], arrived: OnArrival) -> list[PulledFile]:
+        # Files of the same content share one blob, so only one of them is a download of its own.
+        single = {file.digest: file for file in files}
+        first = [file for file in files if single[file.digest] is file]
         with ThreadPoolExecutor(WORKERS) as pool:
-            futures = [pool.submit(self._ensure_or_stop, file) for file in first]
+            futures = [pool.submit(self._ensure_or_stop, file, arrived) for file in first]
             try:
                 for future in as_completed(futures):
                     error = future.exception()
-                    if error is not None and not isinstance(error, _StoppedError):
+                    if error is not None and not isinstance(error, StoppedError):
                         raise error
             except BaseException:  # Ctrl-C included: the threads must not go on behind the prompt
                 self._meter.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        return [future.result() for future in futures] + [self._ensure(file) for file in files if file not in first]
+        twins = [self._ensure_or_stop(file, arrived) for file in files if file not in first]
+        return [future.result() for future in futures] + twins
 
-    def _ensure_or_stop(self, file: RemoteFile) -> PulledFile:
+    def _ensure_or_stop(self, file: RemoteFile, arrived: OnArrival) -> PulledFile:
         """In a thread: the first error ends the other downloads too, at their next chunk."""
         if self._meter.stop.is_set():
-            raise _StoppedError
+            raise StoppedError
         try:
-            return self._ensure(file)
+            pulled = self._ensure(file)
         except BaseException:
             self._meter.stop.set()
             raise
+        arrived(file.name)
+        return pulled
 
     def _ensure(self, file: RemoteFile) -> PulledFile:
         """Have `file` here with the right hash and linked into the snapshot, whatever that takes."""

@@ -21,6 +21,7 @@ from localmoe.kernels.triton.weights import empty_stack
 from localmoe.model.card.rows import RowBuffers
 from localmoe.model.config import ModelConfig
 from localmoe.model.layers import WeightSource, expert_weights
+from localmoe.offload.hits import HitCounts
 from localmoe.offload.plan import STAGING
 from localmoe.offload.refresh import Refresh
 from localmoe.offload.slots import SlotTable
@@ -150,6 +151,8 @@ class CardExperts:
         shape = (config.num_hidden_layers, config.n_routed_experts)
         self._uses = torch.zeros(shape, dtype=torch.int32, device=device)
         self._layers: dict[int, LayerExperts] = {}
+        self._tables: dict[int, SlotTable] = {}
+        self._hits = HitCounts(self._uses, self._tables)
         self._refresh: Refresh | None = None
 
     def layer(self, index: int) -> LayerExperts:
@@ -164,12 +167,13 @@ class CardExperts:
             self._prompts,
         )
         self._layers[index] = made
+        self._tables[index] = made.table
         return made
 
     def keep_fresh(self, executor: Executor | None = None) -> None:
         """From now on, let experts change places as they are used, `between_passes`."""
         swappable = {index: layer for index, layer in self._layers.items() if layer.table.held}
-        self._refresh = Refresh(swappable, self._uses, executor)
+        self._refresh = Refresh(swappable, self._uses, executor, self._hits.book)
 
     def between_passes(self) -> None:
         """To be called when no pass runs."""
@@ -186,13 +190,10 @@ class CardExperts:
         """int64 [L, E] in CPU memory: how often each expert fired. Layers that are not on the card are not counted."""
         return self._uses.cpu().long()
 
-    def hit_rates(self) -> dict[int, float]:
-        """Layer by layer, the share of the uses so far of experts that are on the card now; NaN before the first."""
-        uses = self.uses().double()
-        return {
-            index: float(uses[index][layer.table.of_expert >= 0].sum() / uses[index].sum())
-            for index, layer in self._layers.items()
-        }
+    def hits(self) -> Tensor:
+        """int64 [L, 2] in CPU memory: how many of the uses so far found their expert on the card, and how many there
+        were. Layers that are not on the card are not counted. Between passes."""
+        return self._hits.totals()
 
     def close(self) -> None:
         """Wait for what is under way, host functions too, which know memory by its address; then let go of it."""

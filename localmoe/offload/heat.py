@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from localmoe.errors import CheckpointError
 from localmoe.formats.files import write_atomically
+from localmoe.formats.manifest import Manifest
 from localmoe.model.config import ModelConfig
 
 _VERSION = 1
 _MOST_TOKENS = 200_000
 """What older runs count for at most: what a user does today shows after some conversations."""
+_EXPERT = re.compile(r"model\.layers\.(\d{1,6})\.mlp\.experts\.(\d{1,6})\.gate_proj")
 _MOST_BYTES = 16 << 20  # of a file; V3's has 15,000 numbers
 
 
@@ -50,6 +55,21 @@ class Heat:
         )
         return cls(counts) if good else empty
 
+    @classmethod
+    def calibrated(cls, model: Path, config: ModelConfig) -> Heat:
+        """The calibration tokens that reached each expert, as the manifest in `model` has them; nothing where there is
+        no manifest or nothing was calibrated."""
+        heat = cls.none(config)
+        with suppress(CheckpointError):
+            for name, record in Manifest.read(model).tensors.items():
+                found = _EXPERT.fullmatch(name)
+                if found is None or record.tokens is None:
+                    continue
+                layer, expert = map(int, found.groups())
+                if layer < len(heat.counts) and expert < config.n_routed_experts:
+                    heat.counts[layer, expert] = record.tokens
+        return heat
+
     def write(self, path: Path) -> None:
         """Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +94,12 @@ class Heat:
         smoothed = self.counts + 1.0
         shares = smoothed / smoothed.sum(1, keepdim=True) * config.num_experts_per_tok
         return [row if is_moe else [] for row, is_moe in zip(shares.tolist(), config.moe_layers, strict=True)]
+
+
+def known_heat(home: Path, model: Path, config: ModelConfig) -> Heat:
+    """What earlier runs counted, or before the first what calibration did."""
+    counted = Heat.read(heat_file(home, model), config)
+    return counted if counted.tokens else Heat.calibrated(model, config)
 
 
 def heat_file(home: Path, model: Path) -> Path:

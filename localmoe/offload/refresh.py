@@ -6,7 +6,7 @@ sends them over a stream of their own, and a later pass finds them there. A toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,9 +46,17 @@ class _Coming:
 
 
 class Refresh:
-    """Of one model: `counts` int32 [L, E] are its uses so far, on the card."""
+    """Of one model: `counts` int32 [L, E] are its uses so far, on the card. `before_change` is called when an expert is
+    about to leave or to come."""
 
-    def __init__(self, layers: Mapping[int, Slots], counts: Tensor, executor: Executor | None = None) -> None:
+    def __init__(
+        self,
+        layers: Mapping[int, Slots],
+        counts: Tensor,
+        executor: Executor | None = None,
+        before_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._before_change = before_change
         self._layers = layers
         self._counts = counts
         self._seen = torch.zeros(counts.shape, dtype=torch.int64)
@@ -71,6 +79,7 @@ class Refresh:
             layer = self._layers[swap.layer]
             slot = layer.table.slot_of(swap.leaves)
             assert slot is not None
+            self._before_change()
             generation = layer.table.empty(slot)
             layer.publish()  # before the first byte is overwritten
             loading = self._executor.submit(layer.load, slot, swap.comes)
@@ -92,6 +101,7 @@ class Refresh:
                 waiting.append(coming)
             elif coming.loading.exception() is None:
                 layer = self._layers[coming.layer]
+                self._before_change()
                 if layer.table.fill(coming.slot, coming.generation, coming.expert):
                     layer.publish()
             # else the slot stays empty and its experts the CPU's: slower, and right

@@ -192,7 +192,7 @@ def test_a_full_context_is_said_and_the_person_chooses(sit_down):
     typist.expect("context 6/12")
     typist.say("one two three four five six")
     typist.expect("no longer fits the context of 12 tokens")
-    typist.expect("Drop the oldest 1 of 1 turns and go on? [y/N]")
+    typist.expect("Drop the oldest 1 of 1 turn and go on? [y/N]")
     typist.type("\r")
     typist.expect("the last message was not added")
     typist.say("one two three")
@@ -200,7 +200,7 @@ def test_a_full_context_is_said_and_the_person_chooses(sit_down):
     typist.say("seven")
     typist.expect("Drop the oldest 2 of 2 turns and go on? [y/N]")
     typist.type("y\r")
-    typist.expect("dropped; 0 turns are left")
+    typist.expect("dropped; no turn is left")
     typist.expect("context 5/12")
     typist.say("one two")
     typist.expect("context 11/12 · nearly full")
@@ -214,7 +214,7 @@ def test_a_full_context_is_said_and_the_person_chooses(sit_down):
     typist.expect("context 5/12")
 
 
-@pytest.mark.parametrize(("how", "said"), [("drop", "dropped; 0 turns are left"), ("stop", "was not added")])
+@pytest.mark.parametrize(("how", "said"), [("drop", "dropped; no turn is left"), ("stop", "was not added")])
 def test_a_full_context_may_be_decided_beforehand(sit_down, how, said):
     typist = sit_down("--when-full", how, FAKE_CONTEXT="12")
     typist.say("one two")
@@ -344,7 +344,7 @@ def test_commands_of_a_conversation(sit_down, tmp_path, home):
     typist.expect("It is bold.")
     assert "\x1b[1mbold\x1b[0m" in typist.raw
     typist.say("/undo")
-    typist.expect("0 turns are left")
+    typist.expect("no turn is left")
     typist.say(f"/file {tmp_path}/a file.txt")
     typist.expect("goes with the next question (2 lines)")
     typist.say("What is it?")
@@ -353,7 +353,7 @@ def test_commands_of_a_conversation(sit_down, tmp_path, home):
     typist.expect("saved to")
     typist.say("/reset")
     typist.say("/load talk")
-    typist.expect("1 turns; the conversation goes on")
+    typist.expect("1 turn; the conversation goes on")
     saved = home / "chats" / "talk.json"
     assert "What is it?" in saved.read_text()
     assert saved.stat().st_mode & 0o077 == 0

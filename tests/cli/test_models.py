@@ -223,6 +223,7 @@ def test_eval_of_a_text_that_is_not_there(invoke):
 
 
 def test_run_on_the_real_engine(invoke, quantized):
+    longest = json.loads((quantized / "config.json").read_text())["max_position_embeddings"]
     arguments = ("run", str(quantized), "Tell me a story about a dragon", "-n", "24", "--seed", "1")
     first, second = invoke(*arguments), invoke(*arguments, "--json").json
     assert first.status == 0
@@ -230,9 +231,9 @@ def test_run_on_the_real_engine(invoke, quantized):
     assert second["completion_tokens"] == 24
     assert second["finish_reason"] == "length"
     assert len(second["text"].split()) > 8
-    too_long = invoke("run", str(quantized), "word " * 600)
+    too_long = invoke("run", str(quantized), "word " * (longest + 100))
     assert too_long.status == 1
-    assert "512" in too_long.err
+    assert str(longest) in too_long.err
 
 
 def test_run_as_people_pipe_it(quantized):

@@ -15,6 +15,7 @@ from localmoe.offload.probe import Card, look
 from localmoe.offload.record import Record, save
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+LONGEST = json.loads((demo_directory() / "config.json").read_text())["max_position_embeddings"]
 SECTIONS = ("CPU memory", "disk", "context", "latent cache", "decode", "prefill", "reckoned by", "note")
 
 
@@ -47,7 +48,7 @@ def test_json_adds_up(invoke) -> None:
     plan = result.json
     assert (plan["model"], plan["recipe"], plan["device"], plan["forecast"]) == ("demo:source", None, "cpu", False)
     assert plan["budgets"] == {"ram": 1 << 30, "vram": None}
-    assert (plan["context"], plan["longest_context"]) == (100, 512)
+    assert (plan["context"], plan["longest_context"]) == (100, LONGEST)
     for tier, size in plan["tiers"].items():
         assert size == sum(part["size_bytes"] for part in plan["parts"] if part["tier"] == tier)
     shipped = (demo_directory() / "model.safetensors").stat().st_size
@@ -138,7 +139,7 @@ def test_a_bare_name_plans_the_artifact_that_is_here(invoke, home: Path) -> None
         (("demo", "--recipe", "best"), 2, "--recipe: 'best' is not one of balanced"),
         (("demo:nf4", "--recipe", "compact"), 2, "--recipe compact contradicts the ending of demo:nf4"),
         (("demo:source", "--vram", "12"), 2, "--vram: '12' is not a size"),
-        (("demo:source", "--ctx", "513"), 2, "made for at most 512 tokens"),
+        (("demo:source", "--ctx", str(LONGEST + 1)), 2, f"made for at most {LONGEST} tokens"),
         (("demo:source", "--vram", "200MiB"), 1, "cannot hold one layer"),
         (("demo:source", "--ram", "4MiB"), 1, "need 0.0"),
         (("demo:source", "--device", "cuda"), 1, "no NVIDIA card here; --vram 12GiB plans for one"),

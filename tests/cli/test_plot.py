@@ -10,7 +10,9 @@ import pytest
 
 from localmoe.cli.plot import Charts, draw
 from localmoe.errors import StorageError
+from localmoe.hub.verify import demo_directory
 
+LONGEST = json.loads((demo_directory() / "config.json").read_text())["max_position_embeddings"]
 CHARTS = Charts([(0, 12.5), (256, 11.0), (512, 9.0)], {1: [4, 0, 2, 2], 2: [2, 2, 2, 2]}, 4, True)
 
 
@@ -22,7 +24,7 @@ def test_bench_draws_and_says_the_numbers(invoke, tmp_path: Path) -> None:
     found = json.loads(outcome.out)
     assert found["plot"] == str(path)
     contexts = [point["context"] for point in found["decode_by_context"]]
-    assert contexts == sorted({0, *((512 - 17) >> n for n in range(6))})  # the demo holds 512 tokens
+    assert contexts == sorted({0, *((LONGEST - 17) >> n for n in range(6))})
     assert all(point["tokens_per_second"] > 0 for point in found["decode_by_context"])
     uses = found["expert_uses"]
     assert uses["text"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -35,7 +34,7 @@ def test_what_the_card_does(columns) -> None:
     engine = FakeEngine(max_context=4096)
     layers = (Residence(True), Residence(True, 32, 0.75), Residence(True, 16, 0.25))
     engine.placement = Placement(4096, 4096, layers, True, (Share("layers", "gpu", 3 << 30, "", ""),))
-    engine.config = SimpleNamespace(moe_layers=(False, True, True))
+    engine.hit_rates = lambda: [0.6, 0.4]
     assert status(engine, "m", LAST).endswith(" · 12.3 tokens/s · 50% of expert uses on the card · VRAM 3 GiB")
 
 
@@ -49,6 +48,9 @@ def test_what_matters_least_goes_first(columns) -> None:
 
 def test_a_line_of_facts_is_broken_between_them() -> None:
     text = "17 tokens · 32.0 tokens/s · context 18/64\nno facts here, and longer than the terminal is wide\n"
-    assert folded(text, 40) == text.replace(" · context", "\ncontext")
-    assert folded(text, 41) == text
+    assert folded(text, 40) == text.replace(" · context", "\ncontext").replace(" terminal", "\nterminal")
+    assert folded(text, 60) == text
+    assert folded("  the space before is kept", 12) == "  the space\nbefore is\nkept"
+    assert folded("alongwordthatfitsnowhere here", 10) == "alongwordthatfitsnowhere here"  # the terminal breaks it
+    assert folded("龍龍 龍龍", 8) == "龍龍\n龍龍"
     assert folded("a · b · c", 1) == "a\nb\nc"

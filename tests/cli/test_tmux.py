@@ -270,3 +270,35 @@ def test_colour_where_it_is(sit_down) -> None:
     person.say("Hello")
     person.expect("context 4/64")
     assert re.search(r"\x1b\[1mbold\x1b\[0m", person.screen(styles=True))
+
+
+def test_a_session_is_there_again(sit_down) -> None:
+    """Left with Ctrl-D and come back to: what was said is shown, and the next question goes on from it unread again."""
+    session = ("demo:source", "--session", "fox", "--temp", "0", "-n", "12", "--ctx", "256")
+    person = sit_down(*session, real=True)
+    person.expect("session fox begins")
+    person.say("Tell me a story about a fox")
+    shown = person.expect("12 tokens · ")
+    answer = " ".join(re.split(r"about a fox\n\n?", shown, maxsplit=1)[1].rpartition("\n12 tokens")[0].split())
+    assert len(answer) > 10
+    used = int(re.findall(r"context (\d+)/256", shown)[-1])
+    person.wait(lambda _: person.at_prompt)
+    person.press("C-d")
+    assert person.ended() == 0
+
+    again = sit_down(*session, real=True)
+    shown = again.wait(lambda _: again.at_prompt)
+    held = re.search(r"session fox goes on: 1 turn, (\d+) tokens\n  > (.*)\n    (.*)\n", shown)
+    assert held is not None, shown
+    assert used - 1 <= int(held[1]) <= used  # the last token has not been through the model
+    assert (held[2], held[3]) == ("Tell me a story about a fox", answer)
+    assert f"demo:source · {int(held[1])} of 256 tokens" in shown  # the status line knows it too
+    again.say("And then?")
+    again.expect("12 tokens · ")
+    again.say("/stats")
+    known = re.search(r"last      prompt (\d+) tokens, (\d+) of them known", again.expect("of them known"))
+    assert known is not None
+    assert used - 1 <= int(known[2]) < int(known[1])
+    again.wait(lambda _: again.at_prompt)
+    again.press("C-d")
+    assert again.ended() == 0

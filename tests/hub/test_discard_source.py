@@ -6,56 +6,24 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from localmoe.cli.app import main
 from localmoe.errors import GateError, LocalMoeError, StorageError, UsageError, VerificationError
 from localmoe.hub import ModelRef, cache, pull
 from localmoe.hub.download import pull_without_weights
-from localmoe.hub.verify import demo_directory
 from quantize import discard
 from quantize.discard import SCRATCH_NAME, peak_bytes, quantize_from_hub
 from quantize.following import Following
 from quantize.gate import Gate
-from quantize.pipeline import quantize
 from quantize.progress import Progress
 
 REPO = "maker/Tiny-MoE"
-COUNT = 4
-SHARDS = [f"model-0000{i}-of-0000{COUNT}.safetensors" for i in range(1, COUNT + 1)]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The demo in four shards, the head in the last. Some FP8 matrices have their scales in the next, as in V3's."""
-    directory = tmp_path_factory.mktemp("sharded")
-    tensors = load_file(demo_directory() / "model.safetensors")
-    parts: list[dict] = [{} for _ in SHARDS]
-    for place, name in enumerate(sorted(tensors, key=lambda name: (name == "lm_head.weight", name))):
-        parts[min(COUNT - 1, COUNT * place // len(tensors))][name] = tensors[name]
-    result = {}
-    weight_map = {}
-    for shard, part in zip(SHARDS, parts, strict=True):
-        last = sorted(part)[-1]
-        if last.endswith("_scale_inv") and shard != SHARDS[-1]:
-            parts[SHARDS.index(shard) + 1][last] = part.pop(last)
-    straddling = "model.layers.3.mlp.experts.3.up_proj.weight_scale_inv"
-    home = next(part for part in parts if straddling in part)
-    parts[(parts.index(home) + 1) % COUNT][straddling] = home.pop(straddling)
-    for shard, part in zip(SHARDS, parts, strict=True):
-        save_file(part, directory / shard)
-        weight_map |= dict.fromkeys(part, shard)
-        result[shard] = (directory / shard).read_bytes()
-    result["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
-    for path in demo_directory().iterdir():
-        if path.suffix == ".json":
-            result[path.name] = path.read_bytes()
-    return result
+SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
 
 
 @pytest.fixture
-def hub(hub, files):
-    hub.files = dict(files)
+def hub(hub, sharded_demo):
+    hub.files = dict(sharded_demo)
     return hub
 
 
@@ -78,17 +46,6 @@ def run(output: Path, **options):
 def bodies(hub) -> set[str]:
     """Shards of which more was sent than a header."""
     return {name for name, sent in hub.sent.items() if name in SHARDS and sent > 0.9 * len(hub.files[name])}
-
-
-@pytest.fixture(scope="module")
-def ordinary(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> Path:
-    """What an ordinary run makes of the same files."""
-    root = tmp_path_factory.mktemp("ordinary")
-    (root / "source").mkdir()
-    for name, data in files.items():
-        (root / "source" / name).write_bytes(data)
-    quantize(root / "source", root / "output", "balanced")
-    return root / "output"
 
 
 def test_the_output_is_the_ordinary_one_and_the_source_is_gone(hub, tmp_path, ordinary, monkeypatch):

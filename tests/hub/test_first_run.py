@@ -148,6 +148,51 @@ def read_until(terminal: int, text: str | None) -> str:
     return seen
 
 
+def test_a_checkpoint_in_shards_is_quantized_while_it_is_pulled(server, sharded_demo, machine, tmp_path):
+    """Interrupted while one shard is still to come: by then others are quantized, and the next run goes on."""
+    server.files = dict(sharded_demo)
+    last = "model-00003-of-00004.safetensors"
+    server.stall = {last: 2 << 20}
+    process = subprocess.Popen([*ASKED, "-y"], env=machine, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1, text=True)
+    output = tmp_path / "home/models/maker--Tiny-MoE/balanced"
+    deadline = time.monotonic() + 60
+    while not written(output / "model.safetensors.partial"):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # for it to be noticed before the rest comes
+    server.release.set()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("localmoe: interrupted; what is here is kept, and the same command")
+    assert "maker/Tiny-MoE is not on this machine yet" in errors
+
+    server.forget_requests()
+    outcome = run(machine, "-y")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "maker/Tiny-MoE:balanced is quantized in part: finishing it" in outcome.stderr
+    assert None not in server.fetched().get(last, [])  # it went on, after a look at the header
+    assert (output / "localmoe.json").is_file()
+
+    made = {path.name: path.read_bytes() for path in output.iterdir()}
+    shutil.rmtree(output)
+    again = run(machine)  # the source is here now
+    assert (again.returncode, again.stdout) == (0, outcome.stdout)
+    assert "is here but not quantized yet" in again.stderr
+    assert made == {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def written(partial: Path) -> bool:
+    """Whether there is more in a file that is being filled than its header."""
+    try:
+        with partial.open("rb") as file:
+            file.seek(1 << 17)
+            return any(file.read())
+    except OSError:
+        return False
+
+
 Usage = namedtuple("Usage", "total used free")
 
 

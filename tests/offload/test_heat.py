@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe.offload.heat import Heat, heat_file
+from localmoe.formats.manifest import Manifest, Settings, Source, TensorRecord, Totals
+from localmoe.offload.heat import Heat, heat_file, known_heat
 
 CONFIG: Any = SimpleNamespace(
     num_hidden_layers=3, n_routed_experts=4, num_experts_per_tok=2, moe_layers=(False, True, True)
@@ -69,3 +70,25 @@ def test_a_model_is_known_by_its_files(tmp_path: Path) -> None:
     a, b, c = (heat_file(tmp_path, tmp_path / name) for name in ("a", "b", "c"))
     assert a == b != c
     assert a.parent == tmp_path / "heat"
+
+
+def test_before_the_first_run_it_is_what_calibration_counted(tmp_path: Path) -> None:
+    model, home = tmp_path / "model", tmp_path / "home"
+    model.mkdir()
+    assert known_heat(home, model, CONFIG).shares(CONFIG) is None
+    records = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}": TensorRecord("int4-g32", 0.1, "gptq", tokens, 0.1)
+        for layer, expert, tokens in ((1, 0, 30), (1, 3, 10), (2, 2, 40), (9, 0, 7), (1, 9, 7))
+        for part in ("gate_proj", "up_proj")
+    }
+    records["model.layers.1.mlp.shared_experts.gate_proj"] = TensorRecord("int4-g32", 0.1, "gptq", 99, 0.1)
+    records["model.layers.2.mlp.experts.1.gate_proj"] = TensorRecord("int4-g32", 0.1)  # not calibrated
+    settings = Settings("balanced", 32, "mse", "gptq", "a" * 64)
+    made = Manifest("0", settings, Source("demo", None, {}), {}, records, Totals(1, 1, 4.5, 0.1), ())
+    (model / "localmoe.json").write_bytes(made.to_bytes())
+    assert known_heat(home, model, CONFIG).counts.tolist() == counts([30, 0, 0, 10], [0, 0, 40, 0]).tolist()
+    Heat.none(CONFIG).plus(counts([0, 1, 1, 0], [1, 1, 0, 0])).write(heat_file(home, model))
+    assert known_heat(home, model, CONFIG).counts.tolist() == counts([0, 1, 1, 0], [1, 1, 0, 0]).tolist()
+    heat_file(home, model).unlink()
+    (model / "localmoe.json").write_text("{")
+    assert known_heat(home, model, CONFIG).shares(CONFIG) is None

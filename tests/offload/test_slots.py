@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from localmoe.offload.hits import HitCounts, rates
 from localmoe.offload.refresh import EVERY, Refresh
 from localmoe.offload.slots import SlotTable, best_swaps
 
@@ -143,3 +144,23 @@ def test_a_load_that_fails_leaves_its_experts_to_the_cpu() -> None:
     passes(refresh, 1)
     assert layer.card.tolist() == [-1] * 4
     layer.check()
+
+
+def test_hits_are_booked_by_who_had_a_slot_when_a_token_came() -> None:
+    layers = {1: Layer(3, [0])}
+    counts, later = torch.zeros(2, 3, dtype=torch.int32), Later()
+    hits = HitCounts(counts, {1: layers[1].table})
+    refresh = Refresh(layers, counts, later, hits.book)
+    counts[1] += torch.tensor([10, 0, 90], dtype=torch.int32)  # expert 2 is away
+    passes(refresh, EVERY)
+    counts[1] += torch.tensor([0, 0, 5], dtype=torch.int32)  # still on its way
+    later.run()
+    passes(refresh, 1)
+    assert layers[1].table.held == [2]
+    before = hits.totals()
+    assert before.tolist() == [[0, 0], [10, 105]]
+    counts[1] += torch.tensor([1, 0, 3], dtype=torch.int32)
+    after = hits.totals()
+    assert after.tolist() == [[0, 0], [13, 109]]
+    assert rates(after - before, [0.25, 0.5]) == [0.25, 0.75]
+    assert rates(before - before, [0.25, 0.5]) == [0.25, 0.5]
