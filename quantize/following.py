@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from localmoe.errors import CheckpointError, InputError, UnsupportedModelError
 from localmoe.formats.checkpoint import Checkpoint, ReadingCheckpoint
 from localmoe.formats.files import write_atomically
 from localmoe.formats.journal import storage_errors
+from localmoe.formats.safetensors import read_header
 from localmoe.model.config import ModelConfig
 from localmoe.model.shapes import check_checkpoint
 from localmoe.text import Tokenizer
@@ -107,13 +108,15 @@ class Following:
         """What an earlier run wrote down; a file that is not from it is no more than not there."""
         shape = (sum(map(len, self.windows)), self._config.hidden_size)
         try:
-            with safe_open(self._place, "pt") as file:
-                fingerprint, done = json.loads((file.metadata() or {}).get("localmoe", "[0, 0]"))
-                states: Tensor = file.get_tensor("states")
-        except (OSError, SafetensorError, ValueError, TypeError):
+            (info,), metadata = read_header(self._place)
+            fingerprint, done = json.loads(metadata.get("localmoe", "[0, 0]"))
+            data = bytearray(self._place.read_bytes()[info.offset :])
+        except (CheckpointError, OSError, ValueError, TypeError):
             return 0, None
-        known = fingerprint == self._fingerprint and type(done) is int and tuple(states.shape) == shape
-        return (done, states) if known else (0, None)
+        known = (fingerprint, info.dtype, info.shape) == (self._fingerprint, torch.float32, shape)
+        if not known or type(done) is not int or done not in range(1, self._config.num_hidden_layers + 2):
+            return 0, None
+        return done, torch.frombuffer(data, dtype=torch.float32).view(shape)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from localmoe.formats import int4, int8
@@ -84,7 +85,7 @@ def error_through(matrix: Tensor, hessian: Tensor, enough: float = math.inf) -> 
     H is symmetric, so what is above its diagonal counts twice; and no row takes anything away.
     """
     total = 0.0
-    for rows in matrix.split(_ROWS):  # type: ignore[no-untyped-call]
+    for rows in torch.split(matrix, _ROWS):
         for start in range(0, len(hessian), _TILE):
             columns = slice(start, start + _TILE)
             part = rows[:, columns]
