@@ -52,7 +52,7 @@ def test_greedy_answers_are_identical(script: ModuleType, engines: tuple[Engine,
 
 
 def test_acceptance_is_the_independent_count(script: ModuleType, engines: tuple[Engine, Engine]) -> None:
-    found = script.acceptance(*engines, script.prompts()[::200], 24)
+    found = script.acceptance(*engines, script.prompts()[::50], 24)  # one guess is 0.3 %
     assert found["passed"]
     assert found["drafted"] > 50
     assert abs(found["drafted"] - found["counted"]) <= 2  # but for near-ties

@@ -123,7 +123,8 @@ def test_random_checkpoints_to_the_byte(tmp_path: Path, changes: dict[str, Any],
     if not config.num_nextn_predict_layers:
         assert_equal_to_files(model_sizes(config, Storage.of(values)), tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "artifact", recipe, group_size=group_size, grid="absmax")
-    foreseen = model_sizes(config, Storage.of(values, RECIPES[recipe].quantization_config(group_size)))
+    stored = RECIPES[recipe].for_model(values).quantization_config(group_size)
+    foreseen = model_sizes(config, Storage.of(values, stored))
     assert_equal_to_files(foreseen, tmp_path / "artifact")
     own = json.loads((tmp_path / "artifact" / "config.json").read_text())
     assert model_sizes(config, Storage.of(own)) == foreseen
