@@ -10,6 +10,7 @@ namespace localmoe {
 constexpr int64_t kBlock = 128;     // activations handled at a time
 constexpr int64_t kQuantGroup = 32; // activations that share a scale
 constexpr int64_t kPrefetch = 4096; // bytes ahead: the distance that reached the most bandwidth from memory
+constexpr int64_t kPrefetchScales = 1024;  // the same for scales, of which there are fewer; rows' lie one after another
 
 // What a stored matrix is made of.
 enum class Form { kFloat32, kBfloat16, kInt4, kInt8, kNf4 };
