@@ -81,16 +81,13 @@ class MtpDrafter:
         self._layer = layer
         self._waiting: list[Tensor] = []  # states of the tokens from `_first` on; the first may have its row already
         self._first = 0
+        self.seen = 0
+        """The token after the last one whose state was here."""
 
     @property
     def end(self) -> int:
         """The token after the last one that has a row."""
         return self.start + self.cache.length
-
-    @property
-    def seen(self) -> int:
-        """The token after the last one whose state was here."""
-        return self._first + sum(len(states) for states in self._waiting)
 
     @property
     def rows(self) -> Tensor:
@@ -110,7 +107,7 @@ class MtpDrafter:
         else:  # the last token's row was made with a token that now changes, and its state is gone
             count -= 1
             self._drop_rows(count)
-            self._waiting, self._first = [], count
+            self._waiting, self._first, self.seen = [], count, count
         return count
 
     def observe(self, token_ids: Sequence[int], states: Tensor | None) -> None:
@@ -121,6 +118,7 @@ class MtpDrafter:
         if first != self.seen:
             self.restart(first)
         self._waiting.append(states)
+        self.seen = len(token_ids)
         if len(token_ids) - self.end > self._MOST_WAITING:
             self.settle(token_ids)
 
@@ -165,18 +163,19 @@ class MtpDrafter:
         self.start = start
         self.cache.advance(rows)
         self._waiting, self._first = [state] if len(state) else [], self.end
+        self.seen = self.end + len(state)
 
     def append(self, rows: Tensor) -> None:
         """Go on from rows that were kept elsewhere, as stored; with the last, those of all tokens are there."""
         (layer,) = self.cache.layers
         self.cache.reserve(layer, len(rows))[self.cache.length :] = rows
         self.cache.advance(len(rows))
-        self._waiting, self._first = [], self.end
+        self._waiting, self._first, self.seen = [], self.end, self.end
 
     def restart(self, token: int) -> None:
         """Forget everything, and attend to what comes from `token` on."""
         self.cache.truncate(0)
-        self.start = self._first = token
+        self.start = self._first = self.seen = token
         self._waiting = []
 
     def _without_rows(self) -> Tensor:
@@ -191,10 +190,12 @@ class MtpDrafter:
 
     def _drop_states(self, end: int) -> None:
         """Only tokens before `end`, of which one waits, keep theirs."""
-        while (excess := self.seen - end) > 0:
+        while self.seen > end:
             last = self._waiting.pop()
-            if excess < len(last):
-                self._waiting.append(last[: len(last) - excess])
+            self.seen -= len(last)
+            if self.seen < end:
+                self._waiting.append(last[: end - self.seen])
+                self.seen = end
 
 
 class LookupDrafter:
