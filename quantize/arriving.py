@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from localmoe.errors import CheckpointError
 from localmoe.formats.checkpoint import INDEX_NAME, Checkpoint, read_json
 from localmoe.formats.manifest import Settings
 from localmoe.formats.writer import CheckpointWriter
 from localmoe.hub import cache
-from localmoe.hub.download import PullReport, WithoutWeights, pull_weights
+from localmoe.hub.download import WithoutWeights, pull_weights
+from localmoe.hub.reports import PullReport
 from localmoe.hub.shards import RemoteShards
+from quantize.background import Background
 from quantize.discard import files_of
 from quantize.foreign import form_of
 from quantize.hashing import SourceHasher, stamp, unchanged
@@ -154,25 +155,15 @@ class _StopPullError(Exception):
     """Nobody waits for the rest."""
 
 
-class _Pulling:
+class _Pulling(Background):
     """A pull in a thread of its own, and each of its shards to wait for. Leaving early stops it; what is here stays."""
 
     def __init__(self, found: WithoutWeights, first: frozenset[str], telling: _Telling) -> None:
+        super().__init__()
         self._shards: dict[str, Future[None]] = {file.name: Future() for file in found.weights}
         self._telling = telling
-        self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=1)
         self._pull = self._pool.submit(pull_weights, found, first=first, progress=self._told, arrived=self._arrived)
         self._pull.add_done_callback(self._ended)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopped.set()
-        self._pool.shutdown()
 
     def is_here(self, names: Iterable[str]) -> bool:
         return all(self._shards[name].done() for name in names)
@@ -195,7 +186,7 @@ class _Pulling:
         self._shards[name].set_result(None)
 
     def _ended(self, pull: Future[PullReport]) -> None:
-        error = pull.exception()
+        error = None if pull.cancelled() else pull.exception()
         for shard in self._shards.values():
             if not shard.done() and error is not None:
                 shard.set_exception(error)

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from localmoe.errors import StorageError, UsageError
 from localmoe.formats.checkpoint import Checkpoint, ReadingCheckpoint, read_json
@@ -28,6 +25,7 @@ from localmoe.formats.manifest import FileRecord, Manifest
 from localmoe.formats.writer import CheckpointWriter, claim
 from localmoe.hub.download import WithoutWeights
 from localmoe.hub.shards import RemoteShards
+from quantize.background import Background
 from quantize.following import STATES_NAME, Following, follow
 from quantize.foreign import form_of
 from quantize.gate import GATE_TEXT, Gate, measure
@@ -41,6 +39,7 @@ from quantize.pipeline import (
     finish,
     finished_output,
     manifest_of,
+    report_of_finished,
     source_of,
     with_loss,
 )
@@ -126,7 +125,7 @@ def uses_of(jobs: Iterable[Job], checkpoint: Checkpoint, following: Following | 
     return uses
 
 
-class ShardFeed:
+class ShardFeed(Background):
     """Pulls shards in the order of their use, one ahead, and drops each after its last use."""
 
     def __init__(
@@ -137,6 +136,7 @@ class ShardFeed:
         uses: Sequence[Use],
         following: Following | None = None,
     ) -> None:
+        super().__init__()
         self._shards, self._reader, self._writer, self._following = shards, reader, writer, following
         self._files = {use.job: use.files for use in uses if use.job is not None}
         self._left = Counter(name for use in uses for name in use.files)
@@ -150,17 +150,6 @@ class ShardFeed:
                 self._steps[use.job], self._last_steps = self._last_steps, []
         self._used: set[str] = set()
         self._coming: dict[str, Future[Path]] = {}
-        self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopped.set()
-        self._pool.shutdown(cancel_futures=True)
 
     def is_new(self, job: Job) -> bool:
         """Whether `job` is the first to read one of its shards."""
@@ -248,10 +237,9 @@ def quantize_from_hub(
         claim(output, settings)
         manifest = finished_output(output, settings)
         if manifest is not None and _same_source(manifest, hashes, shards):
-            if gate is not None:
-                gate.check(manifest.measured, output)
+            report = report_of_finished(output, manifest, sum(file.size for file in found.weights), gate)
             _clean(shards)
-            return Report(output, manifest, True, sum(file.size for file in found.weights), 0)
+            return report
     checkpoint = check_source(Checkpoint(found.snapshot, config, shards.tensors()))
     with RemoteReader(checkpoint, shards) as reader, contextlib.ExitStack() as opened:
         decided = plan(reader, recipe_named(recipe), group_size)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from localmoe.errors import CheckpointError, StorageError
 from localmoe.formats.manifest import FileRecord
 from localmoe.hub.cache import is_digest
+from quantize.background import Background
 
 _BUFFER = 4 * 2**20
 
@@ -21,7 +20,7 @@ class _StoppedError(Exception):
     """The quantization ended early; nobody waits for the hash."""
 
 
-class SourceHasher:
+class SourceHasher(Background):
     """Hashes each file once, in one background thread; `known` are hashes from before a kill, by file name.
 
     A known hash counts while the file's size and modification time are the recorded ones. `seen` is what `look_at`
@@ -29,20 +28,10 @@ class SourceHasher:
     """
 
     def __init__(self, known: Mapping[str, Mapping[str, Any]], seen: Mapping[Path, tuple[int, int]]) -> None:
+        super().__init__()
         self._known = known
         self._jobs: dict[Path, Future[FileRecord]] = {}
         self._stats = dict(seen)
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
 
     def start(self, path: Path) -> None:
         """Begin to hash `path`, unless it has been begun or is known."""
@@ -86,7 +75,7 @@ class SourceHasher:
         return record
 
     def _check_stop(self, done_bytes: int) -> None:
-        if self._stop.is_set():
+        if self._stopped.is_set():
             raise _StoppedError
 
 

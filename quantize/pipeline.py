@@ -113,9 +113,7 @@ def quantize(
             claim(output, settings)
             finished = _finished(output, settings, inputs, meter)
             if finished is not None:
-                if gate is not None:
-                    gate.check(finished.measured, output)
-                return Report(output, finished, True, sum(path.stat().st_size for path in shards), 0)
+                return report_of_finished(output, finished, sum(path.stat().st_size for path in shards), gate)
         if isinstance(checkpoint, ForeignCheckpoint):
             decided = plan_conversion(checkpoint)
         else:
@@ -141,6 +139,13 @@ def quantize(
             facts = manifest_of(settings, decided, source_of(source, hasher.results()), writer)
             manifest = finish(writer, decided, with_loss(facts, measured, why_not), carried, meter)
     return Report(output, manifest, False, sum(job.source.nbytes for job in decided.jobs), resumed)
+
+
+def report_of_finished(output: Path, manifest: Manifest, source_bytes: int, gate: Gate | None) -> Report:
+    """Of an output that was complete already. Raises GateError where it fails the gate."""
+    if gate is not None:
+        gate.check(manifest.measured, output)
+    return Report(output, manifest, True, source_bytes, 0)
 
 
 def with_loss(facts: Manifest, measured: Measured | None, why_not: str) -> Manifest:

@@ -62,10 +62,36 @@ def acceptance(engine: Engine) -> float:
 def card(
     config: dict[str, Any], figures: dict[str, Any], lines: list[dict[str, Any]], told: dict[float, list[Any]]
 ) -> str:
-    c = config
-    held, tokens = figures["held_out"], figures["data_tokens"]
+    held = figures["held_out"]
     curve = [line for line in lines if "bits_per_character" in line]
     chosen = curve[:: max(len(curve) // 8, 1)]
+    parts = [
+        "# A miniature DeepSeek-V3",
+        f"A trained model of {figures['weights'] / 1e6:.1f} M weights with DeepSeek-V3's architecture, shipped as "
+        "DeepSeek ships V3: FP8 e4m3 in blocks of 128 x 128 with `weight_scale_inv`; router, norms, embeddings, head "
+        "and `eh_proj` in bf16, `e_score_correction_bias` in float32. Made by `scripts/train_demo`.",
+        table(("", ""), facts(config, figures)),
+        "It writes short stories, continues them, and gives them titles. It knows nothing else: it is there to try a "
+        "program with, not to be asked anything.",
+        "## Learning",
+        "Bits a character of stories never trained on, while it learned:",
+        table(("step", *held), [(line["step"], *line["bits_per_character"].values()) for line in chosen]),
+        "## Long contexts",
+        "Nats a token by place, beginnings of long stories never trained on:",
+        table(("", *figures["by_position"]), positions(figures)),
+        "## Stories",
+        f"The first {SHOWN} of {len(PROMPTS)} prompts, {LENGTH} tokens, unpicked.",
+    ]
+    for temperature, answers in told.items():
+        parts.append(f"### Temperature {temperature}")
+        parts += [f"**{prompt}**\n\n{quoted(answer)}" for prompt, answer in answers[:SHOWN]]
+    return "\n\n".join(parts) + "\n"
+
+
+def facts(config: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """What it is and what was measured, a line each."""
+    c = config
+    held, tokens = figures["held_out"], figures["data_tokens"]
     rows = [
         ("hidden, layers, heads", f"{c['hidden_size']}, {c['num_hidden_layers']} (the first dense) + 1 MTP layer, "
          f"{c['num_attention_heads']}"),
@@ -90,27 +116,7 @@ def card(
         rows.insert(-2, ("bits a character, eval.txt", f"{figures['eval']:.3f}, in windows of 512 tokens"))
         uneven = ", ".join(f"{value:.2f}" for value in figures["eval_uneven"])
         rows.insert(-2, ("highest load of an expert over the mean, by layer, there", uneven))
-    parts = [
-        "# A miniature DeepSeek-V3",
-        f"A trained model of {figures['weights'] / 1e6:.1f} M weights with DeepSeek-V3's architecture, shipped as "
-        "DeepSeek ships V3: FP8 e4m3 in blocks of 128 x 128 with `weight_scale_inv`; router, norms, embeddings, head "
-        "and `eh_proj` in bf16, `e_score_correction_bias` in float32. Made by `scripts/train_demo`.",
-        table(("", ""), rows),
-        "It writes short stories, continues them, and gives them titles. It knows nothing else: it is there to try a "
-        "program with, not to be asked anything.",
-        "## Learning",
-        "Bits a character of stories never trained on, while it learned:",
-        table(("step", *held), [(line["step"], *line["bits_per_character"].values()) for line in chosen]),
-        "## Long contexts",
-        "Nats a token by place, beginnings of long stories never trained on:",
-        table(("", *figures["by_position"]), positions(figures)),
-        "## Stories",
-        f"The first {SHOWN} of {len(PROMPTS)} prompts, {LENGTH} tokens, unpicked.",
-    ]
-    for temperature, answers in told.items():
-        parts.append(f"### Temperature {temperature}")
-        parts += [f"**{prompt}**\n\n{quoted(answer)}" for prompt, answer in answers[:SHOWN]]
-    return "\n\n".join(parts) + "\n"
+    return rows
 
 
 def positions(figures: dict[str, Any]) -> list[tuple[object, ...]]:

@@ -2,7 +2,12 @@
 
 import os
 import signal
+import sys
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -29,3 +34,19 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: beside other workers it should not be what all of them wait for."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Imports a script without an ending, by its name in scripts/."""
+
+    def load(name: str) -> ModuleType:
+        loader = SourceFileLoader(name, str(Path(__file__).resolve().parent.parent / "scripts" / name))
+        spec = spec_from_loader(name, loader)
+        assert spec is not None
+        module = module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look there
+        loader.exec_module(module)
+        return module
+
+    return load

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,17 +13,11 @@ import localmoe
 from localmoe.load import Engine, load
 
 DEMO = Path(localmoe.__file__).parent / "data" / "demo"
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_speculation"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    loader = SourceFileLoader("check_speculation", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("check_speculation", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("check_speculation")
 
 
 @pytest.fixture(scope="module")

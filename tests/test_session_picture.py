@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from importlib.machinery import SourceFileLoader
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -19,14 +17,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    loader = SourceFileLoader("record_session", str(ROOT / "scripts" / "record_session"))
-    spec = importlib.util.spec_from_loader("record_session", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["record_session"] = module  # dataclasses look there
-    loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("record_session")
 
 
 def test_the_picture_is_of_this_session(script: ModuleType) -> None:

@@ -9,7 +9,7 @@ import lzma
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +37,11 @@ def scripts_on_path() -> Iterator[None]:
     sys.path.insert(0, str(SCRIPTS))
     yield
     sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def train(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("train_demo")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +75,7 @@ def tokenizer(text: ModuleType, stories: list[Any]) -> Any:
     return text.train_tokenizer(stories, SMALL["vocab_size"])
 
 
-def test_an_export_runs_as_it_was_trained(
-    model: ModuleType, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_runs_as_it_was_trained(model: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
     """Routing with a bias and groups, YaRN past the trained context, the MTP layer: largest difference of the logits
     against the largest logit, in float32."""
     export = importlib.import_module("demo_export")
@@ -153,8 +156,7 @@ def test_balancing_moves_the_bias_against_the_load(model: ModuleType) -> None:
     assert int(layer.load.sum()) == 0
 
 
-def test_muon_steps_by_matrices_with_singular_values_near_one() -> None:
-    train = script("train_demo")
+def test_muon_steps_by_matrices_with_singular_values_near_one(train: ModuleType) -> None:
     torch.manual_seed(0)
     values = torch.linalg.svdvals(train.orthogonal(torch.randn(3, 16, 40)))
     assert float(values.min()) > 0.6
@@ -170,19 +172,6 @@ def test_muon_steps_by_matrices_with_singular_values_near_one() -> None:
         assert float(torch.linalg.svdvals(step).max()) < 1.3
         if parameter is wide:  # the same singular vectors as the gradient's
             torch.testing.assert_close((u @ v).mul(step).sum() / 16, torch.tensor(1.0), atol=0.3, rtol=0)
-
-
-def script(name: str) -> ModuleType:
-    from importlib.machinery import SourceFileLoader
-    from importlib.util import module_from_spec, spec_from_loader
-
-    loader = SourceFileLoader(name, str(SCRIPTS / name))
-    spec = spec_from_loader(name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    loader.exec_module(module)
-    return module
 
 
 def test_data_come_in_a_fixed_order_and_go_on_where_they_stopped(
@@ -229,12 +218,11 @@ def test_conversations_are_what_the_template_writes(text: ModuleType, stories: l
     assert any(f"a {word}" in make._subjects(stories[0].text, 3) for word in WORDS)
 
 
-def test_a_stopped_training_ends_as_one_that_was_not(stories: list[Any], tmp_path: Path) -> None:
+def test_a_stopped_training_ends_as_one_that_was_not(train: ModuleType, stories: list[Any], tmp_path: Path) -> None:
     """The whole program on a few stories: 3 steps, then on to the 4th, against 4 at once; then the export runs."""
     data = tmp_path / "stories.jsonl.xz"
     with lzma.open(data, "wt") as file:
         file.writelines(json.dumps(dataclasses.asdict(story)) + "\n" for story in stories)
-    train = script("train_demo")
     small = train.Stage(1.0, 24, 2, 1, 1.0, 0.3, {"simple": 1.0, "chat": 1.0})
     shape = importlib.import_module("demo_model").Shape(**SMALL)
     made = []

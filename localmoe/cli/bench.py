@@ -89,11 +89,7 @@ def bench(
     first, then = foreseen(resolved.path / "config.json", machine, work.prompt, work.context + work.count // 2)
     predicted = {"prefill_tokens_per_second": first, "decode_tokens_per_second": then}
     why = {"speed": speed.of_benchmark(opened[0], result)} if explain_speed else {}
-    drawn: dict[str, Any] = {}
-    if plot_to is not None and charts is not None:
-        title = f"{label(resolved)}, {result.kernels} kernels, {result.threads} threads"
-        plot.draw(charts, printable_line(title), plot_to)
-        drawn = charts.as_json(plot_to)
+    drawn = _drawn(charts, label(resolved), result, plot_to)
     if as_json:
         explained = {key: speed.as_json(value) for key, value in why.items()}
         streams.write_json({"model": label(resolved), **asdict(result), "predicted": predicted, **explained, **drawn})
@@ -103,6 +99,14 @@ def bench(
         streams.write(f"drawn in {printable_line(plot_to)}\n")
     for value in why.values():
         speed.tell(value)
+
+
+def _drawn(charts: plot.Charts | None, name: str, result: Benchmark, to: Path | None) -> dict[str, Any]:
+    """Draw what was measured for a plot, if anything; what `--json` says of it."""
+    if charts is None or to is None:
+        return {}
+    plot.draw(charts, printable_line(f"{name}, {result.kernels} kernels, {result.threads} threads"), to)
+    return charts.as_json(to)
 
 
 def _lines(name: str, result: Benchmark, first: float, then: float) -> str:

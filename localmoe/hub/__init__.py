@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localmoe.hub.cache import OnProgress, Progress
-    from localmoe.hub.download import PulledFile, PullReport, Survey, pull, pull_config, survey
+    from localmoe.hub.download import pull, pull_config, survey
     from localmoe.hub.names import KnownModel, ModelRef, registry
+    from localmoe.hub.reports import PulledFile, PullReport, Survey
     from localmoe.hub.verify import Problem, VerifyReport, verify_artifact, verify_source
 
 __all__ = [
@@ -31,8 +32,9 @@ __all__ = [
 
 _HOMES = {
     "cache": ("OnProgress", "Progress"),
-    "download": ("PullReport", "PulledFile", "Survey", "pull", "pull_config", "survey"),
+    "download": ("pull", "pull_config", "survey"),
     "names": ("KnownModel", "ModelRef", "registry"),
+    "reports": ("PullReport", "PulledFile", "Survey"),
     "verify": ("Problem", "VerifyReport", "verify_artifact", "verify_source"),
 }
 

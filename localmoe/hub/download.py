@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from localmoe.errors import HubError, ModelNotFoundError, StorageError, UsageError, VerificationError
 from localmoe.hub import cache, partial
@@ -25,56 +24,13 @@ from localmoe.hub.cache import OnProgress
 from localmoe.hub.listing import Listing, RemoteFile, ask_hub, check_revision, hub_errors
 from localmoe.hub.meter import Meter, StoppedError
 from localmoe.hub.names import ModelRef, printable, refuse_unsupported, repo_of
+from localmoe.hub.reports import PulledFile, PullReport, State, Survey
 from localmoe.hub.verify import demo_directory, verify_source
 
 WORKERS = 4
 CONFIG = "config.json"
 
-State = Literal["present", "downloaded", "resumed", "repaired"]
-
 OnArrival = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PulledFile:
-    """What became of one file: it was here and right, came whole, was taken up half-way, or was damaged."""
-
-    name: str
-    size_bytes: int
-    state: State
-
-
-@dataclass(frozen=True)
-class PullReport:
-    """A finished pull. Every file's hash has been checked; `path` is the checkpoint's directory."""
-
-    name: str
-    repo: str | None
-    commit: str | None
-    path: Path
-    files: tuple[PulledFile, ...]
-    received_bytes: int
-
-    @property
-    def repaired(self) -> tuple[str, ...]:
-        return tuple(file.name for file in self.files if file.state == "repaired")
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a pull would do: `missing_bytes` of `size_bytes` are to come into `directory`, the hub's cache. `begun`
-    tells whether an earlier pull left some of the weights."""
-
-    repo: str
-    config: Path
-    directory: Path
-    size_bytes: int
-    missing_bytes: int
-    begun: bool
 
 
 def pull(ref: ModelRef, *, revision: str | None = None, progress: OnProgress | None = None) -> PullReport:

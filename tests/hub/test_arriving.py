@@ -223,7 +223,7 @@ def test_what_was_made_of_a_damaged_source_is_made_again(hub, tmp_path, ordinary
     from quantize import hashing
 
     with monkeypatch.context() as patched:
-        patched.setattr(hashing.SourceHasher, "_hash", lambda self, path: self._stop.wait())  # too slow to notice
+        patched.setattr(hashing.SourceHasher, "_hash", lambda self, path: self._stopped.wait())  # too slow to notice
         with pytest.raises(KeyboardInterrupt):
             quantize(path, tmp_path / "output", "balanced", gate=None, progress=interrupt)
     assert units(tmp_path / "output")

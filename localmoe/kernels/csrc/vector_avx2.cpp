@@ -23,6 +23,7 @@ inline Words widen(const uint16_t* from) {
 
 #include "vector_ops.inc"
 #include "int16_attention.inc"
+#include "either_attention.inc"
 
 namespace localmoe {
 
