@@ -186,7 +186,8 @@ class Experts(nn.Module):
         self.load += counts
         token = by_expert // chosen.shape[1]
         parts = x[token].split(counts.tolist())
-        out = torch.cat([swiglu(part, self.gate_up[e], self.down_proj[e]) for e, part in enumerate(parts)])
+        experts = zip(parts, self.gate_up.unbind(), self.down_proj.unbind(), strict=True)
+        out = torch.cat([swiglu(part, gate_up, down) for part, gate_up, down in experts])
         out = out * weights.flatten()[by_expert, None].to(out.dtype)
         return (self.shared(x).index_add(0, token, out.to(x.dtype))).view_as(hidden)
 
