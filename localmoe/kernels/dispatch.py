@@ -5,7 +5,7 @@ T = tokens. Activations are float32; weights stay as they are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from localmoe.formats.weights import DenseWeight, Weight
 from localmoe.kernels import cpu, reference
 from localmoe.kernels.attention import DecodeAttention, MlaWeights
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
-from localmoe.kernels.layer import LayerParts, NativeLayer
+from localmoe.kernels.layer import LayerParts, NativeLayers
 from localmoe.kernels.profile import Profile
 from localmoe.kernels.routing import NativeRouting, RouterRule
 
@@ -94,9 +94,9 @@ class Kernels:
         """A router's choice in one call, or None where the reference computes."""
         return None if self.backend is None else NativeRouting(rule)
 
-    def layer(self, parts: LayerParts) -> NativeLayer | None:
-        """A whole layer in one call, or None where a part has no native form."""
-        return NativeLayer.choose(self.backend, parts)
+    def layers(self, parts: Sequence[LayerParts]) -> NativeLayers | None:
+        """Whole layers in one call, or None where a part has no native form."""
+        return NativeLayers.choose(self.backend, parts)
 
     def expert(self, x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
         """One expert's SwiGLU: down(silu(gate x) * up x), float32 [T, H] -> [T, H]."""

@@ -44,8 +44,12 @@ class ExpertProducts:
         hidden float32 [T, H], expert_ids int64 [T, k] (distinct in a row), weights float32 [T, k] -> [T, H]. An id of
         -1 is somebody else's to add.
         """
-        self.hold(expert_ids)
         self.count(expert_ids)
+        return self.compute(hidden, expert_ids, weights)
+
+    def compute(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """The same, without counting."""
+        self.hold(expert_ids)
         if self.native is not None and self._backend is not None:
             return self._backend.experts(self.native, hidden, expert_ids, weights)
         return self._grouped(hidden, expert_ids, weights)

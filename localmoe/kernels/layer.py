@@ -1,7 +1,8 @@
-"""A whole layer of up to 8 tokens in one native call: norms, attention, router and experts, added to the stream."""
+"""Layers of up to 8 tokens in one native call: norms, attention, router and experts, added to the stream."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,68 +28,90 @@ class LayerParts:
     epsilon: float  # of both norms
     router: tuple[Weight, NativeRouting | None] | None = None
 
-
-class NativeLayer:
-    """One layer on the native kernels."""
-
-    def __init__(self, backend: cpu.Backend, parts: LayerParts, native: _cpu.Layer, k: int) -> None:
-        self._kernels = backend.kernels
-        self._native = native
-        self._experts = parts.experts
-        self._attention = parts.attention
-        self._k = k
-        self._buffers: dict[int, _Buffers] = {}  # by number of tokens
-
-    @classmethod
-    def choose(cls, backend: cpu.Backend | None, parts: LayerParts) -> NativeLayer | None:
-        """None without native kernels, or where a part has no native form."""
-        experts = parts.experts.native
-        if backend is None or experts is None:
+    def native(self, backend: cpu.Backend) -> _cpu.Layer | None:
+        """None where a part has no native form."""
+        if self.experts.native is None:
             return None
-        routing = None if parts.router is None else parts.router[1]
-        norms = parts.attention_norm.tolist(), parts.mlp_norm.tolist()
-        native = _cpu.Layer(norms[0], parts.attention.native, norms[1], experts, parts.epsilon)
-        if parts.router is not None:
-            matrix = backend.matrix(parts.router[0])
+        norms = self.attention_norm.tolist(), self.mlp_norm.tolist()
+        layer = _cpu.Layer(norms[0], self.attention.native, norms[1], self.experts.native, self.epsilon)
+        if self.router is not None:
+            matrix, routing = backend.matrix(self.router[0]), self.router[1]
             if matrix is None or routing is None:
                 return None
-            native.set_router(matrix, routing.native)
-        return cls(backend, parts, native, 0 if routing is None else routing.experts_per_token)
+            layer.set_router(matrix, routing.native)
+        return layer
 
-    def takes(self, tokens: int, cache: Tensor) -> bool:
-        """Whether a pass of so many tokens over this cache is for one call."""
-        return self._experts.native is not None and self._attention.takes(tokens, cache)
 
-    def __call__(self, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
-        """x float32 [T, H] becomes the layer's output and is returned; the rest as in `cpu.Backend.attention`.
+class NativeLayers:
+    """Layers that follow one another, on the native kernels."""
+
+    def __init__(self, backend: cpu.Backend, parts: Sequence[LayerParts], native: Sequence[_cpu.Layer]) -> None:
+        self._kernels = backend.kernels
+        self._parts = parts
+        self._layers = _cpu.Layers()
+        for layer in native:
+            self._layers.add(layer)
+        self._k = max((part.router[1].experts_per_token for part in parts if part.router and part.router[1]), default=0)
+        self._buffers: dict[int, _Buffers] = {}  # by number of tokens
+        self._rows: Sequence[Tensor] = ()  # the caches of the last call, and what the kernels know of them
+        self._caches = _cpu.Caches([])
+
+    @classmethod
+    def choose(cls, backend: cpu.Backend | None, parts: Sequence[LayerParts]) -> NativeLayers | None:
+        """None without native kernels, or where a part has no native form."""
+        if backend is None:
+            return None
+        native = [layer for part in parts if (layer := part.native(backend)) is not None]
+        return cls(backend, parts, native) if native and len(native) == len(parts) else None
+
+    def takes(self, tokens: int, rows: Sequence[Tensor]) -> bool:
+        """Whether a pass of so many tokens over these caches is for one call."""
+        fits = self._parts[0].attention.takes(tokens, rows[0])  # caches are all of one type
+        return fits and all(part.experts.native is not None for part in self._parts)
+
+    def __call__(self, x: Tensor, rotations: Tensor, rows: Sequence[Tensor], start: int) -> Tensor:
+        """x float32 [T, H] becomes the last layer's output and is returned; `rows` are the layers' caches, the rest is as
+        in `cpu.Backend.attention`.
 
         A row's result does not depend on the others.
         """
-        tokens, width = x.shape
-        buffers = self._buffers.get(tokens)
+        buffers = self._buffers.get(len(x))
         if buffers is None:
-            buffers = self._buffers[tokens] = _Buffers.make(tokens, width, self._k)
-        stream = cpu.array(x)
-        if not self._kernels.layer(
-            self._native, stream, cpu.array(rotations), cpu.array(cache), start, *buffers.arrays
-        ):  # an expert that was never chosen before
-            self._experts.hold(buffers.expert_ids)
-            if self._experts.native is None or not self._kernels.finish(self._native, stream, *buffers.arrays):
-                return x.add_(self._experts(buffers.normed, buffers.expert_ids, buffers.weights))
-        self._experts.count(buffers.expert_ids)
+            buffers = self._buffers[len(x)] = _Buffers.make(len(self._parts), *x.shape, self._k)
+        if rows is not self._rows:
+            self._rows, self._caches = rows, _cpu.Caches([cpu.array(cache) for cache in rows])
+        arrays = cpu.array(x), cpu.array(rotations), self._caches, start, *buffers.arrays
+        done, routed = 0, False
+        while (done := self._kernels.layers(self._layers, done, routed, *arrays)) < len(self._parts):
+            routed = self._hold(done, x, buffers)  # an expert that was never chosen before
+            done += not routed
+        for part, expert_ids in zip(self._parts, buffers.expert_ids, strict=True):
+            if part.router is not None:
+                part.experts.count(expert_ids)
         return x
+
+    def _hold(self, number: int, x: Tensor, buffers: _Buffers) -> bool:
+        """Look up the experts that a layer's router chose. False where one has no native form: x is then the layer's
+        output already."""
+        experts, ids = self._parts[number].experts, buffers.expert_ids[number]
+        experts.hold(ids)
+        if experts.native is not None:
+            return True
+        x.add_(experts.compute(buffers.normed, ids, buffers.weights[number]))
+        return False
 
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What a call leaves: the experts' input, and who was chosen."""
+    """What a call leaves: the experts' input where it stopped, and who was chosen in each layer."""
 
     normed: Tensor  # float32 [T, H]
-    expert_ids: Tensor  # int64 [T, k]
-    weights: Tensor  # float32 [T, k]
+    expert_ids: Tensor  # int64 [layers, T, k]
+    weights: Tensor  # float32 [layers, T, k]
     arrays: tuple[np.ndarray[Any, Any], ...]  # the same memory
 
     @classmethod
-    def make(cls, tokens: int, width: int, k: int) -> _Buffers:
-        tensors = torch.empty(tokens, width), torch.empty(tokens, k, dtype=torch.int64), torch.empty(tokens, k)
+    def make(cls, layers: int, tokens: int, width: int, k: int) -> _Buffers:
+        ids = torch.zeros(layers, tokens, k, dtype=torch.int64)
+        tensors = torch.empty(tokens, width), ids, torch.empty(layers, tokens, k)
         return cls(*tensors, tuple(map(cpu.array, tensors)))

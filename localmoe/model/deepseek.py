@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from localmoe.errors import InputError
 from localmoe.kernels.dispatch import MLP, Kernels
 from localmoe.kernels.experts import ExpertProducts
-from localmoe.kernels.layer import LayerParts, NativeLayer
+from localmoe.kernels.layer import LayerParts
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache
 from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows, expert_weights
@@ -46,24 +46,20 @@ class Block:
         else:
             self._mlp = _Dense(source, f"{module}.mlp", kernels)
         self._attention_time = kernels.profile.part("attention")
-        self._layer = layer
-        self._native = self._in_one_call(kernels, config.rms_norm_eps)
+        self.layer = layer
+        self._epsilon = config.rms_norm_eps
 
-    def _in_one_call(self, kernels: Kernels, epsilon: float) -> NativeLayer | None:
-        """The whole block of a few tokens as one native call, if every part of it has a native form."""
+    def parts(self) -> LayerParts | None:
+        """What it is made of, if every part may have a native form."""
         attention, mlp = self._attention.decode, self._mlp
         if attention is None or not isinstance(mlp.experts, ExpertProducts):
             return None
         router = (mlp.router.weight, mlp.router.native) if isinstance(mlp, MoE) else None
         norms = self._input_norm.weight, self._mlp_norm.weight
-        return kernels.layer(LayerParts(norms[0], attention, norms[1], mlp.experts, epsilon, router))
+        return LayerParts(norms[0], attention, norms[1], mlp.experts, self._epsilon, router)
 
     def __call__(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
-        """x float32 [T, H], which may be overwritten, -> [T, H]; the layer's part of `cache` gets the pass's tokens."""
-        if self._native is not None and positions.path == "absorbed":
-            held = cache.reserve(self._layer, len(x))
-            if self._native.takes(len(x), held):
-                return self._native(x, positions.rotations_flat, held, cache.length)
+        """x float32 [T, H] -> [T, H]; the layer's part of `cache` gets the pass's tokens."""
         with self._attention_time:
             x = x + self._attention(self._input_norm(x), positions, cache)
         return x + self._mlp(self._mlp_norm(x))
@@ -71,6 +67,29 @@ class Block:
     def remember(self, x: Tensor, positions: Positions, cache: LatentCache) -> None:
         """Only put the latents of `x` [T, H] into the layer's part of `cache`."""
         self._attention.remember(self._input_norm(x), positions, cache)
+
+
+class Blocks:
+    """Blocks that follow one another: a few tokens go through all of them in one native call, where each has one."""
+
+    def __init__(self, blocks: Sequence[Block], kernels: Kernels) -> None:
+        self._blocks = blocks
+        self._layers = tuple(block.layer for block in blocks)
+        parts = [part for block in blocks if (part := block.parts()) is not None]
+        self._native = kernels.layers(parts) if len(parts) == len(blocks) else None
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __call__(self, x: Tensor, positions: Positions, cache: LatentCache) -> Tensor:
+        """As a block's; x may be overwritten."""
+        if self._native is not None and positions.path == "absorbed":
+            rows = cache.reserve_all(self._layers, len(x))
+            if self._native.takes(len(x), rows):
+                return self._native(x, positions.rotations_flat, rows, cache.length)
+        for block in self._blocks:
+            x = block(x, positions, cache)
+        return x
 
 
 class _Dense:
@@ -108,7 +127,8 @@ class Model:
         self._kernels = kernels
         self._rope = Rope(config)
         self._embedding = source.tensor("model.embed_tokens.weight")  # [V, H], as stored
-        self._blocks = [Block(config, source, layer, kernels, experts) for layer in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self._blocks = Blocks([Block(config, source, layer, kernels, experts) for layer in layers], kernels)
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
         self._head = Linear(source, "model.embed_tokens" if config.tie_word_embeddings else "lm_head", kernels)
         self._head_time = kernels.profile.part("head")
@@ -132,9 +152,7 @@ class Model:
         count = len(token_ids)
         self._kernels.share_cores(count)
         positions = self.positions(cache.length, count)
-        x = self.embed(token_ids)
-        for block in self._blocks:
-            x = block(x, positions, cache)
+        x = self._blocks(self.embed(token_ids), positions, cache)
         cache.advance(count)
         return self._norm(x)
 

@@ -70,6 +70,7 @@ class LatentCache:
         self._width = row_bytes(config, dtype) // stored.itemsize
         indices = range(config.num_hidden_layers) if layers is None else layers
         self._rows = {layer: torch.empty(0, self._width, dtype=stored) for layer in indices}
+        self._together: dict[tuple[int, ...], tuple[int, tuple[Tensor, ...]]] = {}  # what `reserve_all` gave, how long
 
     @property
     def length(self) -> int:
@@ -107,12 +108,23 @@ class LatentCache:
         In int8 they are bytes, [length + count, row_bytes]. As `append` otherwise.
         """
         end = self._length + count
+        return self._with_room(layer, end)[:end]
+
+    def reserve_all(self, layers: tuple[int, ...], count: int) -> tuple[Tensor, ...]:
+        """As `reserve`, of several layers, but with whatever room there is beyond; the same tuple until memory moves."""
+        end = self._length + count
+        least, rows = self._together.get(layers, (-1, ()))
+        if end > least:
+            rows = tuple(self._with_room(layer, end) for layer in layers)
+            self._together[layers] = min(map(len, rows), default=0), rows
+        return rows
+
+    def _with_room(self, layer: int, end: int) -> Tensor:
+        """All of the layer's rows, at least `end`."""
         if end > self.capacity:
             raise ContextOverflowError(f"the context holds {self.capacity} tokens and {end} are needed")
         held = self._rows[layer]
-        if end > len(held):
-            held = self._grow(layer, end)
-        return held[:end]
+        return held if end <= len(held) else self._grow(layer, end)
 
     def advance(self, count: int) -> None:
         """Count `count` appended tokens as held: once a pass, after the last layer."""
@@ -130,5 +142,6 @@ class LatentCache:
         size = min(-(-size // _STEP) * _STEP, self.capacity)
         grown = torch.empty(size, self._width, dtype=held.dtype)
         grown[: self._length] = held[: self._length]
+        self._together.clear()
         self._rows[layer] = grown  # one layer at a time: the old copy lives only this long
         return grown

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
-from localmoe.model.deepseek import Block, Model
+from localmoe.model.deepseek import Block, Blocks, Model
 from localmoe.model.kv_cache import LatentCache
 from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows
 from localmoe.model.moe import Experts
@@ -47,6 +47,7 @@ class MtpLayer:
         self._state_norm = RMSNorm(source, f"{module}.hnorm", config.rms_norm_eps)
         self._projection = Linear(source, f"{module}.eh_proj", kernels)
         self._block = Block(config, source, config.num_hidden_layers, kernels, experts)
+        self._blocks = Blocks([self._block], kernels)
         self._norm = RMSNorm(source, f"{module}.shared_head.norm", config.rms_norm_eps)
         self._embedding: Tensor | None = None
         if f"{module}.embed_tokens.weight" in source:
@@ -75,7 +76,7 @@ class MtpLayer:
         chained guess in place of the main model's state."""
         self._kernels.share_cores(len(states))
         positions = self._model.positions(start + cache.length, len(states))
-        x = self._block(self._inputs(states, next_ids), positions, cache)
+        x = self._blocks(self._inputs(states, next_ids), positions, cache)
         cache.advance(len(states))
         return self._norm(x[-1:])
 

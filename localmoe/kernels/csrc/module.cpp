@@ -99,42 +99,26 @@ class Kernels {
     attention_.forward(tier_, pool_, layer, latents, start, x.data(), rotations.data(), tokens, y.data());
   }
 
-  // x becomes the layer's output; its rows are written to `cache` at `start` and after. False where an expert that the
-  // router chose has not been set: x is then what attention left, `normed` what the experts take, and `ids` and
-  // `weights` say which; `finish` does the rest.
-  bool layer(const Layer& layer, const Result& x, const Rows<float>& rotations, const CacheRows& cache, int64_t start,
-             const Result& normed, const Ids& ids, const Result& weights) {
-    const int64_t tokens = extent(x, 0), width = layer.width();
-    check(layer, x, normed, ids, weights);
-    require(tokens <= kMatvecTokens, "a layer takes few tokens");
-    const LatentRows latents = rows(layer.attention(), cache, start, tokens, rotations);
+  // x becomes the output of `layers` from number `first` on; each one's rows are written to its cache at `start` and
+  // after. Returns how far it came: past the last, or at the number of the one whose router chose an expert that has not
+  // been set. x is then what that one's attention left, `normed` what its experts take, and its ids and weights say
+  // which; called again from there with `routed`, it goes on with that layer's experts.
+  int64_t layers(const Layers& layers, int64_t first, bool routed, const Result& x, const Rows<float>& rotations,
+                 const Caches& caches, int64_t start, const Result& normed, const LayerIds& ids,
+                 const LayerWeights& weights) {
+    const Pass pass = checked(layers, x, rotations, caches, start, normed, ids, weights);
+    require(first >= 0 && first <= layers.size(), "there is no such layer");
     nb::gil_scoped_release released;
     std::lock_guard lock(mutex_);
+    out_.resize(std::max<size_t>(out_.size(), pass.tokens * layers.width()));
+    const ThreadPool::Stay stay(pool_);
     Marks marks;
-    out_.resize(std::max<size_t>(out_.size(), tokens * width));
-    norm(x.data(), layer.attention_norm(), layer.epsilon(), tokens, normed.data());
-    attention_.forward(tier_, pool_, layer.attention(), latents, start, normed.data(), rotations.data(), tokens,
-                       out_.data());
-    add(x.data(), out_.data(), tokens * width);
-    marks.mark(seconds_.attention);
-    norm(x.data(), layer.mlp_norm(), layer.epsilon(), tokens, normed.data());
-    if (layer.router() != nullptr) {
-      const int64_t count = layer.router_matrix().out;
-      logits_.resize(std::max<size_t>(logits_.size(), tokens * count));
-      product(layer.router_matrix(), normed.data(), tokens, logits_.data());
-      route(layer.router()->rule(), logits_.data(), tokens, count, ids.data(), weights.data());
-      marks.mark(seconds_.router);
+    for (int64_t number = first; number < layers.size(); ++number) {
+      const Layer& layer = layers[number];
+      if (!std::exchange(routed, false)) attend(layer, pass, number, marks);
+      if (!finish(layer, pass, number, marks)) return number;
     }
-    return finish_here(layer, x.data(), normed.data(), {ids.data(), weights.data(), layer.k()}, tokens, marks);
-  }
-
-  // The experts' part of `layer`, once they have been set; false again if one has not.
-  bool finish(const Layer& layer, const Result& x, const Result& normed, const Ids& ids, const Result& weights) {
-    check(layer, x, normed, ids, weights);
-    nb::gil_scoped_release released;
-    std::lock_guard lock(mutex_);
-    Marks marks;
-    return finish_here(layer, x.data(), normed.data(), {ids.data(), weights.data(), layer.k()}, extent(x, 0), marks);
+    return layers.size();
   }
 
   // Seconds spent in layers, by part, since the last call.
@@ -174,13 +158,68 @@ class Kernels {
     return rows;
   }
 
-  static void check(const Layer& layer, const Result& x, const Result& normed, const Ids& ids, const Result& weights) {
-    const int64_t tokens = extent(x, 0), width = layer.width();
+  // What a call over several layers is given, by layer where it differs.
+  struct Pass {
+    float *x, *normed;
+    const float* rotations;
+    std::vector<LatentRows> caches;
+    int64_t start, tokens, k;
+    int64_t* ids;    // [layers, tokens, k]
+    float* weights;  // the same
+
+    Routing routing(const Layer& layer, int64_t number) const {
+      const int64_t at = number * tokens * k;
+      return {ids + at, weights + at, layer.router() == nullptr ? 0 : k};
+    }
+  };
+
+  static Pass checked(const Layers& layers, const Result& x, const Rows<float>& rotations, const Caches& caches,
+                      int64_t start, const Result& normed, const LayerIds& ids, const LayerWeights& weights) {
+    const int64_t tokens = extent(x, 0), width = layers.width();
+    require(tokens <= kMatvecTokens, "a layer takes few tokens");
     require(extent(x, 1) == width && extent(normed, 0) == tokens && extent(normed, 1) == width,
             "x or its norm has another shape");
-    require(extent(ids, 0) == tokens && extent(weights, 0) == tokens && extent(ids, 1) == layer.k() &&
-                extent(weights, 1) == layer.k(),
+    require(extent(ids, 0) == layers.size() && extent(weights, 0) == layers.size() && extent(ids, 1) == tokens &&
+                extent(weights, 1) == tokens && extent(ids, 2) == layers.k() && extent(weights, 2) == layers.k(),
             "ids or weights have another shape");
+    require(static_cast<int64_t>(caches.rows.size()) == layers.size(), "there is not one cache a layer");
+    Pass pass{x.data(), normed.data(), rotations.data(), {}, start, tokens, layers.k(), ids.data(), weights.data()};
+    for (int64_t number = 0; number < layers.size(); ++number)
+      pass.caches.push_back(rows(layers[number].attention(), caches.rows[number], start, tokens, rotations));
+    return pass;
+  }
+
+  // A layer's attention, added to x, and its choice of experts.
+  void attend(const Layer& layer, const Pass& pass, int64_t number, Marks& marks) {
+    norm(pass.x, layer.attention_norm(), layer.epsilon(), pass.tokens, pass.normed);
+    attention_.forward(tier_, pool_, layer.attention(), pass.caches[number], pass.start, pass.normed, pass.rotations,
+                       pass.tokens, out_.data());
+    add(pass.x, out_.data(), pass.tokens * layer.width());
+    marks.mark(seconds_.attention);
+    norm(pass.x, layer.mlp_norm(), layer.epsilon(), pass.tokens, pass.normed);
+    if (layer.router() == nullptr) return;
+    const int64_t count = layer.router_matrix().out, at = number * pass.tokens * pass.k;
+    logits_.resize(std::max<size_t>(logits_.size(), pass.tokens * count));
+    product(layer.router_matrix(), pass.normed, pass.tokens, logits_.data());
+    route(layer.router()->rule(), logits_.data(), pass.tokens, count, pass.ids + at, pass.weights + at);
+    marks.mark(seconds_.router);
+  }
+
+  // A layer's experts, added to x; false if one of them has not been set.
+  bool finish(const Layer& layer, const Pass& pass, int64_t number, Marks& marks) {
+    const Experts& experts = layer.experts();
+    const auto count = static_cast<int64_t>(experts.routed().size());
+    const Routing routing = pass.routing(layer, number);
+    for (int64_t i = 0; i < pass.tokens * routing.k; ++i) {
+      const int64_t id = routing.ids[i];
+      if (id < 0 || id >= count || !experts.has(id)) return false;
+      if (experts.routed()[id]->gate.in != layer.width()) return false;
+    }
+    workspace_.forward(tier_, pool_, experts.routed(), experts.shared(), routing, pass.normed, pass.tokens,
+                       layer.width(), out_.data());
+    add(pass.x, out_.data(), pass.tokens * layer.width());
+    marks.mark(layer.router() == nullptr ? seconds_.dense : seconds_.experts);
+    return true;
   }
 
   static void norm(const float* x, const std::vector<float>& weight, float epsilon, int64_t tokens, float* y) {
@@ -203,22 +242,6 @@ class Kernels {
                           matrix.row(last + (last - first) * (pool_.threads() - 1)));
       });
     });
-  }
-
-  bool finish_here(const Layer& layer, float* x, const float* normed, const Routing& routing, int64_t tokens,
-                   Marks& marks) {
-    const Experts& experts = layer.experts();
-    const auto count = static_cast<int64_t>(experts.routed().size());
-    for (int64_t i = 0; i < tokens * routing.k; ++i) {
-      const int64_t id = routing.ids[i];
-      if (id < 0 || id >= count || !experts.has(id)) return false;
-      if (experts.routed()[id]->gate.in != layer.width()) return false;
-    }
-    workspace_.forward(tier_, pool_, experts.routed(), experts.shared(), routing, normed, tokens, layer.width(),
-                       out_.data());
-    add(x, out_.data(), tokens * layer.width());
-    marks.mark(layer.router() == nullptr ? seconds_.dense : seconds_.experts);
-    return true;
   }
 
   const Tier& tier_;
@@ -312,14 +335,15 @@ NB_MODULE(_cpu, m) {
            "attention_norm"_a, "attention"_a, "mlp_norm"_a, "experts"_a, "epsilon"_a, nb::keep_alive<1, 3>(),
            nb::keep_alive<1, 5>())
       .def("set_router", &Layer::set_router, "matrix"_a, "router"_a, nb::keep_alive<1, 3>());
+  nb::class_<Layers>(m, "Layers").def(nb::init<>()).def("add", &Layers::add, "layer"_a, nb::keep_alive<1, 2>());
+  nb::class_<Caches>(m, "Caches").def(nb::init<std::vector<CacheRows>>(), "rows"_a);
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<const std::string&, int, std::vector<int>>(), "tier"_a, "threads"_a, "cpus"_a)
       .def("linear", &Kernels::linear)
       .def("experts", &Kernels::experts)
       .def("read_bandwidth", &Kernels::read_bandwidth)
       .def("attention", &Kernels::attention)
-      .def("layer", &Kernels::layer)
-      .def("finish", &Kernels::finish)
+      .def("layers", &Kernels::layers)
       .def("take_seconds", &Kernels::take_seconds);
   nb::class_<CudaDriver>(m, "CudaDriver").def(nb::init<const std::string&>(), "library"_a);
   nb::class_<ExpertJob>(m, "ExpertJob")

@@ -1,6 +1,7 @@
 // A layer's parts as Python holds them: what they are made of is checked once and kept alive.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -15,6 +16,8 @@ namespace localmoe {
 namespace nb = nanobind;
 
 using Ids = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using LayerIds = nb::ndarray<int64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using LayerWeights = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using CacheRows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // One layer's routed experts, set one by one as they are first used, and its shared expert.
@@ -159,6 +162,33 @@ class Layer {
   const Experts& experts_;
   const Router* router_ = nullptr;
   std::optional<OwnedMatrix> router_matrix_;
+};
+
+// Layers that follow one another. Each lives as long as this does.
+class Layers {
+ public:
+  void add(const Layer& layer) {
+    require(layers_.empty() || layer.width() == width(), "a layer has another width");
+    require(layer.k() == 0 || k_ == 0 || layer.k() == k_, "a layer chooses another number of experts");
+    k_ = std::max(k_, layer.k());
+    layers_.push_back(&layer);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(layers_.size()); }
+  int64_t width() const { return layers_.empty() ? 0 : layers_.front()->width(); }
+  int64_t k() const { return k_; }  // experts a token; 0 where all are dense
+  const Layer& operator[](int64_t number) const { return *layers_[number]; }
+
+ private:
+  std::vector<const Layer*> layers_;
+  int64_t k_ = 0;
+};
+
+// The latent caches of several layers, one each.
+struct Caches {
+  explicit Caches(std::vector<CacheRows> by_layer) : rows(std::move(by_layer)) {}
+
+  std::vector<CacheRows> rows;
 };
 
 }  // namespace localmoe

@@ -29,23 +29,6 @@ void pin(pthread_t thread, int cpu) {
   pthread_setaffinity_np(thread, sizeof(set), &set);
 }
 
-// Keeps the calling thread on a processor of its own while the others work: left free, it may share a worker's, and
-// both then wait for each other a scheduler's tick long. Afterwards it is free again, since the threads that other
-// libraries start from it inherit its place.
-class PinnedHere {
- public:
-  explicit PinnedHere(int cpu) : known_(pthread_getaffinity_np(pthread_self(), sizeof(before_), &before_) == 0) {
-    if (known_) pin(pthread_self(), cpu);
-  }
-  ~PinnedHere() {
-    if (known_) pthread_setaffinity_np(pthread_self(), sizeof(before_), &before_);
-  }
-
- private:
-  cpu_set_t before_;
-  bool known_;
-};
-
 }  // namespace
 
 void wait_while_equal(const std::atomic<uint32_t>& value, uint32_t old) {
@@ -80,19 +63,28 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
+ThreadPool::Stay::Stay(ThreadPool& pool)
+    : pool_(pool), pins_(pool.caller_cpu_ >= 0 && pool.threads_ > 1 && !pool.stays_ &&
+                         pthread_getaffinity_np(pthread_self(), sizeof(before_), &before_) == 0) {
+  if (!pins_) return;
+  pool_.stays_ = true;
+  pin(pthread_self(), pool_.caller_cpu_);
+}
+
+ThreadPool::Stay::~Stay() {
+  if (!pins_) return;
+  pool_.stays_ = false;
+  pthread_setaffinity_np(pthread_self(), sizeof(before_), &before_);
+}
+
 void ThreadPool::start_and_join() {
   if (threads_ > 1) {
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
   }
-  if (caller_cpu_ >= 0 && threads_ > 1) {
-    const PinnedHere pinned(caller_cpu_);
-    call_(context_, 0);
-    barrier();
-  } else {
-    call_(context_, 0);
-    barrier();
-  }
+  const Stay stay(*this);
+  call_(context_, 0);
+  barrier();
 }
 
 void ThreadPool::barrier() {

@@ -1,6 +1,8 @@
 // A persistent team of threads that run the same body and meet at barriers.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <mutex>
@@ -30,6 +32,22 @@ class ThreadPool {
     start_and_join();
   }
 
+  // Keeps the calling thread on a processor of its own while the others work: left free, it may share a worker's, and
+  // both then wait for each other a scheduler's tick long. Afterwards it is free again, since the threads that other
+  // libraries start from it inherit its place. `run` does so itself; held over many runs, it is done once. One caller at a time here too.
+  class Stay {
+   public:
+    explicit Stay(ThreadPool& pool);
+    ~Stay();
+    Stay(const Stay&) = delete;
+    Stay& operator=(const Stay&) = delete;
+
+   private:
+    ThreadPool& pool_;
+    const bool pins_;
+    cpu_set_t before_;
+  };
+
   // Inside a body: waits until every thread of the team is here.
   void barrier();
 
@@ -44,6 +62,7 @@ class ThreadPool {
   void (*call_)(void*, int) = nullptr;
   void* context_ = nullptr;
   bool stopping_ = false;
+  bool stays_ = false;  // the caller is pinned already
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   alignas(64) std::atomic<int> arrived_{0};

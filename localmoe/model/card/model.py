@@ -20,7 +20,7 @@ from localmoe.model.card.mlp import CardMlp, CardMoE, RoutedExperts
 from localmoe.model.card.replay import Replay
 from localmoe.model.card.rows import MOST_ROWS, RowBuffers, Vectors
 from localmoe.model.config import ModelConfig
-from localmoe.model.deepseek import Block, check_tokens, positions
+from localmoe.model.deepseek import Block, Blocks, check_tokens, positions
 from localmoe.model.kv_cache import LatentCache
 from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows, expert_weights
 from localmoe.model.moe import Experts
@@ -126,7 +126,7 @@ class CardModel:
             CardLayer(config, source, layer, experts, device, self._launch) for layer in range(layout.layers)
         ]
         rest = range(layout.layers, config.num_hidden_layers)
-        self._blocks = [Block(config, source, layer, kernels, cpu_experts) for layer in rest]
+        self._blocks = Blocks([Block(config, source, layer, kernels, cpu_experts) for layer in rest], kernels)
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
         self._head = CardLinear.of(source, head, device) if layout.head else Linear(source, head, kernels)
@@ -201,8 +201,7 @@ class CardModel:
                 x = x.cpu()
             self._kernels.share_cores(count)
             places = positions(self.config, self._rope, cache.length, count)
-            for block in self._blocks:
-                x = block(x, places, cache)
+            x = self._blocks(x, places, cache)
             cache.advance(count)
             return self._norm(x)
         cache.advance(count)
