@@ -40,7 +40,7 @@ void AttentionWorkspace::Step::round(const float* x, int64_t stride) {
 
 void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then) {
   rows.take([&](int64_t first, int64_t last) {
-    const uint8_t* next = last < matrix.out ? matrix.row(last + (threads_ - 1) * (last - first)) : then.data;
+    const Place next = last < matrix.out ? matrix.row(last + (threads_ - 1) * (last - first)) : then.row(0);
     operand.multiply(tier, matrix, first, last, y + first, matrix.out, next);
   });
 }

@@ -69,7 +69,7 @@ inline void four_bit_block(const uint8_t* from, const uint8_t* scales, Left<kWho
                            int64_t stride, __m512* sums) {
   const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   const __m512i low_nibbles = _mm512_set1_epi8(15);
-  ahead.prefetch(from);
+  ahead.weights(from);
   const __m512i packed = left.bytes(from, left.weights / 2);
   const __m512i low = _mm512_and_si512(packed, low_nibbles);
   const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
@@ -94,8 +94,8 @@ inline void int8_block(const uint8_t* from, const uint8_t* scales, Left<kWhole> 
                        int64_t stride, __m512* sums) {
   const __m512i low_lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i high_lanes = _mm512_add_epi32(low_lanes, _mm512_set1_epi32(2));
-  ahead.prefetch(from);
-  ahead.prefetch(from + 64);
+  ahead.weights(from);
+  ahead.weights(from + 64);
   const __m512i low = left.bytes(from, left.weights), high = left.bytes(from + 64, left.weights - 64);
   const __m128 row_scale = left.template scales<Form::kInt8, Group>(scales);
   for (int t = 0; t < T; ++t, x += stride) {
@@ -132,7 +132,7 @@ void tile(const QuantizedProduct& p, Ahead ahead, int64_t row, int64_t token) {
   for (; start + kBlock <= p.in; start += kBlock, ++x)
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = scales + r * scales_bytes + start / Group * scale_bytes(F);
-      if (start % kScalesLine == 0) __builtin_prefetch(from + kPrefetchScales);
+      if (start % kScalesLine == 0) ahead.scales(from);
       block<F, Group, T>(weights + r * p.row_bytes + start * kBits / 8, from, Left<true>{kBlock}, ahead, x, p.blocks,
                          sums[r]);
     }

@@ -81,8 +81,8 @@ void ExpertWorkspace::inner_rows(const Tier& tier, int64_t item, int threads, st
   const int64_t block = items_[item].block;
   // The threads take items in turn, so this one's next is probably so many further on
   const auto after = static_cast<size_t>(item + threads);
-  const uint8_t* next = after < items_.size() ? items_[after].job->mlp->gate.row(items_[after].block * kBlock)
-                                              : jobs_.front().mlp->down.data;
+  const Place next = after < items_.size() ? items_[after].job->mlp->gate.row(items_[after].block * kBlock)
+                                           : jobs_.front().mlp->down.row(0);
   const int64_t first = block * kBlock, last = std::min(first + kBlock, mlp.gate.out), rows = last - first;
   const auto tokens = static_cast<int64_t>(job.tokens.size());
   scratch.resize(std::max<size_t>(scratch.size(), 2 * tokens * rows));
@@ -105,8 +105,8 @@ void ExpertWorkspace::result_rows(const Tier& tier, int64_t first, int64_t last,
     // Every inner item was taken before the first of these, so its thread is at work on it
     wait_for_zero(job.missing);
     scratch.resize(std::max<size_t>(scratch.size(), count * rows));
-    const uint8_t* next = i + 1 < used_ ? jobs_[i + 1].mlp->down.row(first)
-                                        : jobs_.front().mlp->down.row(first + rows * threads);
+    const Place next = i + 1 < used_ ? jobs_[i + 1].mlp->down.row(first)
+                                     : jobs_.front().mlp->down.row(first + rows * threads);
     job.inner.multiply(tier, job.mlp->down, first, last, scratch.data(), rows, next);
     for (int64_t j = 0; j < count; ++j) {
       float* to = result + job.tokens[j] * hidden_ + first;

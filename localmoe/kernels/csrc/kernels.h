@@ -59,6 +59,11 @@ struct PlainBlock {
 
 constexpr int64_t scale_bytes(Form form) { return form == Form::kNf4 ? 4 : 2; }
 
+// Where rows of a matrix begin.
+struct Place {
+  const uint8_t *weights, *scales;
+};
+
 // y[t, r] for rows [first, last): grouped integer weights. `weights` holds `row_bytes` bytes a row.
 // Prefetching goes on from the end of the rows to `next`, where this thread will probably read then: what lies behind
 // the rows is another thread's.
@@ -69,7 +74,7 @@ struct QuantizedProduct {
   const Block* x;          // [tokens, blocks]
   float* y;                // [tokens, out]
   int64_t tokens, out, in, group, row_bytes, blocks;
-  const uint8_t* next;
+  Place next;
   const PlainBlock* plain = nullptr;  // instead of x, for the products with many tokens
 };
 

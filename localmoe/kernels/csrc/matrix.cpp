@@ -56,17 +56,16 @@ void Operand::copy(int64_t token, const Operand& from, int64_t from_token) {
 }
 
 void Operand::multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y, int64_t stride,
-                       const uint8_t* next) const {
-  const uint8_t* rows = matrix.data + first * matrix.row_bytes;
+                       Place next) const {
+  const Place rows = matrix.row(first);
   if (is_plain(form_)) {
-    const DenseProduct product{reinterpret_cast<const uint16_t*>(rows), plain_.data(), y, tokens_, stride, in_};
+    const DenseProduct product{reinterpret_cast<const uint16_t*>(rows.weights), plain_.data(), y, tokens_, stride, in_};
     tier.bf16(product, 0, last - first);
     return;
   }
-  const auto* scales = static_cast<const uint8_t*>(matrix.scales) +
-                       first * (in_ / matrix.group) * scale_bytes(matrix.form);
-  const QuantizedProduct product{matrix.form, rows, scales,       rounded_.data(),  y,       tokens_, stride,
-                                 in_,         matrix.group, matrix.row_bytes, blocks_, next,    plain_rounded_.data()};
+  const QuantizedProduct product{matrix.form, rows.weights, rows.scales,      rounded_.data(), y,    tokens_,
+                                 stride,      in_,          matrix.group,     matrix.row_bytes, blocks_, next,
+                                 plain_rounded_.data()};
   (plain_blocks_ ? tier.quantized_gemm : tier.quantized)(product, 0, last - first);
 }
 

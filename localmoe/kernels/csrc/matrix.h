@@ -16,8 +16,13 @@ struct Matrix {
   const void* scales;  // bfloat16, or float32 for NF4; none for plain forms
   int64_t out, in, group, row_bytes;
 
-  // Where row `index` begins; the last row's begin for those beyond.
-  const uint8_t* row(int64_t index) const { return data + (index < out ? index : out - 1) * row_bytes; }
+  // Where row `index` begins, the last row for those beyond. Without scales they count as lying with the weights.
+  Place row(int64_t index) const {
+    const int64_t known = index < out ? index : out - 1;
+    const uint8_t* weights = data + known * row_bytes;
+    if (scales == nullptr) return {weights, weights};
+    return {weights, static_cast<const uint8_t*>(scales) + known * (in / group) * scale_bytes(form)};
+  }
 };
 
 // Rows that a thread takes at a time: long streams from memory, yet so many that the threads end together.
@@ -48,7 +53,7 @@ class Operand {
   // y[t * stride + r - first] for rows [first, last) of the matrix. `next` is where the calling thread will probably
   // read weights then.
   void multiply(const Tier& tier, const Matrix& matrix, int64_t first, int64_t last, float* y, int64_t stride,
-                const uint8_t* next) const;
+                Place next) const;
 
  private:
   Form form_ = Form::kFloat32;
