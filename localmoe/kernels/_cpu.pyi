@@ -100,6 +100,7 @@ class Kernels:
         layers: Layers,
         first: int,
         routed: bool,
+        seconds: float,
         x: Array,
         rotations: Array,
         caches: Caches,
@@ -107,7 +108,7 @@ class Kernels:
         normed: Array,
         ids: Array,
         weights: Array,
-    ) -> int: ...
+    ) -> tuple[int, bool]: ...
     def take_seconds(self) -> dict[str, float]: ...
     def read_bandwidth(self, memory: Array) -> float: ...
 

@@ -16,6 +16,11 @@ from localmoe.kernels.attention import DecodeAttention
 from localmoe.kernels.experts import ExpertProducts
 from localmoe.kernels.routing import NativeRouting
 
+_Array = np.ndarray[Any, Any]
+
+LONGEST_CALL = 0.25
+"""Seconds after which a call ends at a layer: Ctrl-C is not to wait for a token of a model that is read from disk."""
+
 
 @dataclass(frozen=True)
 class LayerParts:
@@ -70,21 +75,24 @@ class NativeLayers:
         return fits and all(part.experts.native is not None for part in self._parts)
 
     def __call__(self, x: Tensor, rotations: Tensor, rows: Sequence[Tensor], start: int) -> Tensor:
-        """x float32 [T, H] becomes the last layer's output and is returned; `rows` are the layers' caches, the rest is as
-        in `cpu.Backend.attention`.
+        """x float32 [T, H] becomes the last layer's output and is returned; `rows` are the layers' caches, the rest is
+        as in `cpu.Backend.attention`.
 
         A row's result does not depend on the others.
         """
         buffers = self._buffers.get(len(x))
         if buffers is None:
-            buffers = self._buffers[len(x)] = _Buffers.make(len(self._parts), *x.shape, self._k)
+            buffers = self._buffers[len(x)] = _Buffers.make(len(self._parts), x, self._k)
         if rows is not self._rows:
             self._rows, self._caches = rows, _cpu.Caches([cpu.array(cache) for cache in rows])
-        arrays = cpu.array(x), cpu.array(rotations), self._caches, start, *buffers.arrays
+        stream, turns, layers = cpu.array(x), cpu.array(rotations), self._layers
         done, routed = 0, False
-        while (done := self._kernels.layers(self._layers, done, routed, *arrays)) < len(self._parts):
-            routed = self._hold(done, x, buffers)  # an expert that was never chosen before
-            done += not routed
+        while done < len(self._parts):
+            done, routed = self._kernels.layers(
+                layers, done, routed, LONGEST_CALL, stream, turns, self._caches, start, *buffers.arrays
+            )
+            if routed and not self._hold(done, x, buffers):  # an expert that was never chosen before
+                done, routed = done + 1, False
         for part, expert_ids in zip(self._parts, buffers.expert_ids, strict=True):
             if part.router is not None:
                 part.experts.count(expert_ids)
@@ -108,10 +116,11 @@ class _Buffers:
     normed: Tensor  # float32 [T, H]
     expert_ids: Tensor  # int64 [layers, T, k]
     weights: Tensor  # float32 [layers, T, k]
-    arrays: tuple[np.ndarray[Any, Any], ...]  # the same memory
+    arrays: tuple[_Array, _Array, _Array]  # the same memory
 
     @classmethod
-    def make(cls, layers: int, tokens: int, width: int, k: int) -> _Buffers:
-        ids = torch.zeros(layers, tokens, k, dtype=torch.int64)
-        tensors = torch.empty(tokens, width), ids, torch.empty(layers, tokens, k)
-        return cls(*tensors, tuple(map(cpu.array, tensors)))
+    def make(cls, layers: int, x: Tensor, k: int) -> _Buffers:
+        """For passes of `x` [T, H]."""
+        normed, weights = torch.empty_like(x), torch.empty(layers, len(x), k)
+        ids = torch.zeros(layers, len(x), k, dtype=torch.int64)
+        return cls(normed, ids, weights, (cpu.array(normed), cpu.array(ids), cpu.array(weights)))

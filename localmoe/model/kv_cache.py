@@ -111,7 +111,7 @@ class LatentCache:
         return self._with_room(layer, end)[:end]
 
     def reserve_all(self, layers: tuple[int, ...], count: int) -> tuple[Tensor, ...]:
-        """As `reserve`, of several layers, but with whatever room there is beyond; the same tuple until memory moves."""
+        """As `reserve`, of several layers, with whatever room there is beyond; the same tuple until memory moves."""
         end = self._length + count
         least, rows = self._together.get(layers, (-1, ()))
         if end > least:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
-from localmoe.kernels import cpu
+from localmoe.kernels import cpu, layer
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertProducts
 from localmoe.model.config import ModelConfig
@@ -180,6 +180,25 @@ def test_layers_together_have_the_bits_of_one_after_the_other() -> None:
         assert torch.equal(together(x), after - x)
     assert single.cache.length > 256
     assert torch.equal(together.rows(), single.rows())
+
+
+def test_a_pass_may_be_interrupted_between_any_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time is over after each layer, the bits are those of one call."""
+    once, often = Layers(V3, (0, 1, 2), "portable"), Layers(V3, (0, 1, 2), "portable")
+    found = once(tokens(3))
+    calls = []
+    native = often.blocks._native
+    assert native is not None
+
+    class Counting:
+        def layers(self, *arguments: Any) -> tuple[int, bool]:
+            calls.append(arguments[1])
+            return once.kernels.backend.kernels.layers(*arguments)  # type: ignore[union-attr]
+
+    monkeypatch.setattr(native, "_kernels", Counting())
+    monkeypatch.setattr(layer, "LONGEST_CALL", 0.0)
+    assert torch.equal(often(tokens(3)), found)
+    assert set(calls) == {0, 1, 2}
 
 
 def test_more_rows_than_eight_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:

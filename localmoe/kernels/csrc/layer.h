@@ -40,8 +40,11 @@ class Marks {
     last_ = now;
   }
 
+  // Seconds from the beginning to the last mark.
+  double since_first() const { return std::chrono::duration<double>(last_ - first_).count(); }
+
  private:
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+  std::chrono::steady_clock::time_point first_ = std::chrono::steady_clock::now(), last_ = first_;
 };
 
 }  // namespace localmoe

@@ -1,6 +1,7 @@
 // The Python side: arrays are checked here, once, and only then reach a kernel.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -100,12 +101,13 @@ class Kernels {
   }
 
   // x becomes the output of `layers` from number `first` on; each one's rows are written to its cache at `start` and
-  // after. Returns how far it came: past the last, or at the number of the one whose router chose an expert that has not
-  // been set. x is then what that one's attention left, `normed` what its experts take, and its ids and weights say
-  // which; called again from there with `routed`, it goes on with that layer's experts.
-  int64_t layers(const Layers& layers, int64_t first, bool routed, const Result& x, const Rows<float>& rotations,
-                 const Caches& caches, int64_t start, const Result& normed, const LayerIds& ids,
-                 const LayerWeights& weights) {
+  // after. Returns the number of the layer to go on from, past the last if all are done, and whether its router has
+  // chosen: then an expert of the choice has not been set, x is what that layer's attention left, `normed` what its
+  // experts take, and its ids and weights say which. Otherwise `seconds` were over, so that the caller may be
+  // interrupted. Called again with both it goes on.
+  std::pair<int64_t, bool> layers(const Layers& layers, int64_t first, bool routed, double seconds, const Result& x,
+                                  const Rows<float>& rotations, const Caches& caches, int64_t start,
+                                  const Result& normed, const LayerIds& ids, const LayerWeights& weights) {
     const Pass pass = checked(layers, x, rotations, caches, start, normed, ids, weights);
     require(first >= 0 && first <= layers.size(), "there is no such layer");
     nb::gil_scoped_release released;
@@ -113,12 +115,14 @@ class Kernels {
     out_.resize(std::max<size_t>(out_.size(), pass.tokens * layers.width()));
     const ThreadPool::Stay stay(pool_);
     Marks marks;
-    for (int64_t number = first; number < layers.size(); ++number) {
+    int64_t number = first;
+    while (number < layers.size() && (number == first || marks.since_first() < seconds)) {
       const Layer& layer = layers[number];
       if (!std::exchange(routed, false)) attend(layer, pass, number, marks);
-      if (!finish(layer, pass, number, marks)) return number;
+      if (!finish(layer, pass, number, marks)) return {number, true};
+      ++number;
     }
-    return layers.size();
+    return {number, false};
   }
 
   // Seconds spent in layers, by part, since the last call.
