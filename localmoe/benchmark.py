@@ -29,6 +29,7 @@ class Benchmark:
 
     `first_token_seconds` is from the beginning of opening to the first token of a 16-token prompt. `bytes_per_token`
     counts what a decoded token reads once: weights as stored and, at the middle of the run, the latent cache;
+    `disk_bytes_per_token` what this process read from the disk meanwhile, a mean (None: the kernel does not tell);
     `bandwidth_fraction` is that times tokens a second over the read bandwidth, which was measured before and after.
     `breakdown` is milliseconds of a decoded token by part; `hit_rate_by_layer` the share of the MoE layers' expert uses
     that the card served in the last repeat's decoding (None: no card).
@@ -45,6 +46,7 @@ class Benchmark:
     decode_tokens_per_second: float
     read_bandwidth_bytes_per_second: float | None
     bytes_per_token: int
+    disk_bytes_per_token: int | None
     bandwidth_fraction: float | None
     peak_rss_bytes: int
     rss_anon_bytes: int | None
@@ -94,13 +96,15 @@ def measure(
         first = time.perf_counter() - started
         backend = engine.kernels.backend
         bandwidths = [backend.read_bandwidth()] if backend else []
-        prefills, decodes, parts = [], [], []
+        prefills, decodes, parts, disk = [], [], [], []
         for repeat in range(repeats):
             progress(f"prefill {repeat + 1} of {repeats}")
             prefills.append(_prefill(engine, prompt_tokens))
             progress(f"decode {repeat + 1} of {repeats}")
             hits = engine.expert_hits()
+            before = _read_from_disk()
             seconds, breakdown = _decode(engine, completion_tokens, context)
+            disk.append(_less(_read_from_disk(), before))
             decodes.append(seconds)
             parts.append(breakdown)
         rates = engine.hit_rates(hits)
@@ -122,6 +126,7 @@ def measure(
             decode_tokens_per_second=1 / decode,
             read_bandwidth_bytes_per_second=bandwidth,
             bytes_per_token=size,
+            disk_bytes_per_token=_a_token(disk, completion_tokens + 1),  # the first is not timed, but it reads
             bandwidth_fraction=size / decode / bandwidth if bandwidth else None,
             peak_rss_bytes=peak,
             rss_anon_bytes=anonymous,
@@ -192,8 +197,27 @@ def _decode(engine: Engine, count: int, context: int) -> tuple[float, dict[str, 
 
 def _rss_anon(status: Path = Path("/proc/self/status")) -> int | None:
     """Bytes of resident memory that are no file's, or None where the kernel does not tell."""
+    kib = _field(status, "RssAnon:")
+    return None if kib is None else kib * 1024
+
+
+def _read_from_disk(io: Path = Path("/proc/self/io")) -> int | None:
+    """Bytes that this process has had read from disks so far, or None where the kernel does not tell."""
+    return _field(io, "read_bytes:")
+
+
+def _field(file: Path, name: str) -> int | None:
     try:
-        lines = status.read_text(encoding="ascii").splitlines()
+        lines = file.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), None)
+
+
+def _less(now: int | None, before: int | None) -> int | None:
+    return None if now is None or before is None else now - before
+
+
+def _a_token(read: list[int | None], tokens: int) -> int | None:
+    known = [each for each in read if each is not None]
+    return int(statistics.median(known) / tokens) if known else None

@@ -67,6 +67,8 @@ class Engine:
         """How many of them found their expert on the card, and how many there were, [L, 2]; between passes."""
         self.expect_uses: Callable[[Tensor], None] = lambda uses: None
         """Place experts as if they had just been used so, [L, E], where places change."""
+        self.reads_the_disk = False
+        """Whether the model is larger than the memory that it may use, so that experts come from the disk."""
         self.config: ModelConfig = model.config
         self.path: Path = checkpoint.directory
         self.kernels = kernels

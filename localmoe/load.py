@@ -18,7 +18,7 @@ from localmoe.errors import (
 )
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.kernels.dispatch import Kernels
-from localmoe.memory import MemoryNeeds, available_memory, choose_context
+from localmoe.memory import USABLE, MemoryNeeds, by_use, choose_context
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
 from localmoe.model.kv_cache import row_bytes
@@ -27,6 +27,7 @@ from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.counts import ExpertCounts
 from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
 from localmoe.offload.experts import ExpertStore
+from localmoe.offload.probe import usable_memory
 from localmoe.speculative import MOST_DRAFTS
 from localmoe.store import Resolved, home, resolve
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from localmoe.model.card.model import CardModel
 
 __all__ = ["Engine", "load"]
+
+_LEAST_AHEAD, _MOST_AHEAD = 64 << 20, 1 << 30
+"""Bytes of experts that are asked for before they are computed: all that a few tokens choose in one layer, and of a
+prompt's so many that the disk is never idle, yet not so many that they drive each other out of memory."""
 
 
 def load(
@@ -74,14 +79,16 @@ def load(
     config = ModelConfig.from_dict(checkpoint.config)
     check_checkpoint(config, checkpoint)
     row, guesses = row_bytes(config, chosen.cache_dtype), mtp != 0 and (card is None or mtp is not None)
-    needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row, mtp=guesses and has_mtp(config, checkpoint))
-    budget = available_memory() if ram is None else ram
+    mtp_layer = guesses and has_mtp(config, checkpoint)
+    needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row, mtp=mtp_layer)
+    budget = usable_memory() if ram is None else ram
     if threads is not None:
         # Torch computes what has no kernel of ours (norms, softmax, prefill). Its pool belongs to the process and
         # idles while our kernels' pool runs, so both get the same number. Unset, torch takes a thread a core.
         torch.set_num_threads(threads)
-    if budget is not None and needs.always + needs.experts < budget:
-        checkpoint.warm()
+    larger = budget is not None and not needs.fit(budget)
+    if budget is not None:
+        _bring_in(checkpoint, config, chosen, budget, larger=larger, card=card is not None, mtp=mtp_layer)
     experts = ExpertStore(checkpoint, config, chosen)
     if card is not None:
         engine = _on_card(card, checkpoint, config, chosen, experts, budget, ctx, deterministic)
@@ -89,9 +96,25 @@ def load(
         context = choose_context(needs, config.max_position_embeddings, ctx, budget)
         layer = experts.layer if counts is None else counts.watching(experts.layer)
         engine = Engine(Model(config, checkpoint, chosen, layer), checkpoint, chosen, context)
+    engine.reads_the_disk = larger
     if guesses:
         engine.speculate(_mtp_layer(engine.model, checkpoint, chosen, experts), mtp)
     return engine
+
+
+def _bring_in(
+    checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels, budget: int, *, larger: bool, card: bool, mtp: bool
+) -> None:
+    """In the background the whole model or, of one that is `larger` than memory, what every token reads: the experts
+    then come as they are chosen."""
+    if not larger:
+        checkpoint.warm()
+        return
+    kernels.ask_ahead(min(max(budget // 16, _LEAST_AHEAD), _MOST_AHEAD), checkpoint.tells_what_is_in_memory())
+    always, _ = by_use(config, checkpoint.tensors.values(), mtp=mtp)
+    # Without a lock, experts that pass through memory drive out what every token needs
+    fits = sum(info.nbytes for info in always) <= (usable_memory() or 0) * USABLE  # `budget` may be more than there is
+    checkpoint.warm([] if card else [info.name for info in always], keep=fits)
 
 
 def _on_card(

@@ -35,22 +35,12 @@ class MemoryNeeds:
         The embeddings, of which a token reads a row, are left out, and so are the MTP layers, but with `mtp` for the
         first: its weights, and its own latents.
         """
-        layers = config.num_hidden_layers
-        first = f"model.layers.{layers}."
-        unused = [f"model.layers.{layers + i}." for i in range(max(config.num_nextn_predict_layers, 1))]
-        if mtp:
-            unused[0] = f"{first}embed_tokens."
-        if not config.tie_word_embeddings:
-            unused.append("model.embed_tokens.")
-        always = experts = 0
-        for info in tensors:
-            if info.name.startswith(tuple(unused)):
-                continue
-            if ".mlp.experts." in info.name:
-                experts += info.nbytes
-            else:
-                always += info.nbytes
-        return cls(always, experts, cache_row * (layers + mtp))
+        always, experts = by_use(config, tensors, mtp=mtp)
+        return cls(_nbytes(always), _nbytes(experts), cache_row * (config.num_hidden_layers + mtp))
+
+    def fit(self, budget: float) -> bool:
+        """Whether all weights stay in a memory of so many bytes."""
+        return self.always + self.experts <= budget * USABLE
 
     def context_within(self, budget: float) -> int:
         """Tokens whose latents fit beside all weights, or beside those that every token needs where that would
@@ -59,6 +49,25 @@ class MemoryNeeds:
         if beside_all >= LEAST_CONTEXT:
             return beside_all
         return min(LEAST_CONTEXT, int(budget - self.always) // self.cache_per_token)
+
+
+def by_use(
+    config: ModelConfig, tensors: Iterable[TensorInfo], *, mtp: bool = False
+) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """(what every token reads, the routed experts), as `MemoryNeeds.of` counts them."""
+    layers = config.num_hidden_layers
+    unused = [f"model.layers.{layers + i}." for i in range(max(config.num_nextn_predict_layers, 1))]
+    if mtp:
+        unused[0] = f"model.layers.{layers}.embed_tokens."
+    if not config.tie_word_embeddings:
+        unused.append("model.embed_tokens.")
+    used = [info for info in tensors if not info.name.startswith(tuple(unused))]
+    experts = [info for info in used if ".mlp.experts." in info.name]
+    return [info for info in used if ".mlp.experts." not in info.name], experts
+
+
+def _nbytes(tensors: Iterable[TensorInfo]) -> int:
+    return sum(info.nbytes for info in tensors)
 
 
 def choose_context(needs: MemoryNeeds, maximum: int, asked: int | None, budget: int | None) -> int:

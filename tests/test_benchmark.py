@@ -56,6 +56,7 @@ def test_bench_on_the_demo(kernels: str) -> None:
     assert found["first_token_seconds"] > found["open_seconds"]
     assert {"attention", "router", "experts", "dense", "head", "sampling", "overhead"} == set(found["breakdown"])
     assert (found["read_bandwidth_bytes_per_second"] is None) == (kernels == "reference")
+    assert found["disk_bytes_per_token"] is None or found["disk_bytes_per_token"] >= 0
     assert 0 < found["rss_anon_bytes"] <= found["peak_rss_bytes"]
 
 

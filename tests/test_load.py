@@ -26,6 +26,7 @@ from localmoe.formats.checkpoint import Checkpoint
 from localmoe.generate import Settings, generate
 from localmoe.kernels.dispatch import Kernels
 from localmoe.load import Engine, _refuse_unquantized, load
+from localmoe.memory import USABLE, MemoryNeeds
 from localmoe.model.kv_cache import LatentCache
 from localmoe.session import CachedTokens
 from localmoe.store import ModelRef, Resolved
@@ -347,3 +348,18 @@ class TestPrompts:
         edit_json(model_copy / "tokenizer_config.json", chat_template=template)
         with load(model_copy) as engine:
             assert [engine.prompt_ids(CHAT, thinking=choice) for choice in (True, False, None)] == [[5], [6], [6]]
+
+
+def test_a_model_larger_than_memory_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = list(range(40, 90))
+    with load(DEMO, threads=2, ctx=128) as whole:
+        assert not whole.reads_the_disk
+        wanted = whole.logits(ids)
+        needs = MemoryNeeds.of(whole.config, whole.tensors, 2 * whole.config.latent_width)
+    budget = int((needs.always + needs.experts // 2 + 128 * needs.cache_per_token) / USABLE)
+    for tells in (True, False):
+        monkeypatch.setattr(Checkpoint, "tells_what_is_in_memory", lambda self, tells=tells: tells)
+        with load(DEMO, threads=2, ctx=128, ram=budget) as part:
+            assert part.reads_the_disk
+            assert torch.equal(part.logits(ids), wanted)
+            assert (part.kernels.bytes_asked > 0) or tells  # the demo is in memory, so that nothing need be asked for

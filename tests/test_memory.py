@@ -36,6 +36,11 @@ def test_context_that_fits(maximum: int, asked: int | None, budget: int | None, 
     assert choose_context(NEEDS, maximum, asked, budget) == context
 
 
+def test_a_model_fits_what_may_be_used_of_memory() -> None:
+    assert NEEDS.fit(10_000 / 0.9 + 1)
+    assert not NEEDS.fit(10_000 / 0.9 - 1)
+
+
 def test_too_little_memory_names_what_would_do() -> None:
     needs = MemoryNeeds(always=2 << 30, experts=8 << 30, cache_per_token=1 << 20)
     with pytest.raises(DeviceError, match=r"need 13\.33 GiB of memory and there are 4\.00; --ctx 1638 would fit"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
     "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
-    "bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+    "bytes_per_token", "disk_bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
     "hit_rate_by_layer (null: no card)",
     "predicted {prefill_tokens_per_second, decode_tokens_per_second}: what plan reckons from doctor's figures",
     "with --explain-speed also " + speed.KEYS, "with --plot also " + plot.KEYS,
@@ -124,6 +124,9 @@ def _lines(name: str, result: Benchmark, first: float, then: float) -> str:
             f"          {result.bytes_per_token / 1e9:.2f} GB a token: {result.bandwidth_fraction:.0%} of the "
             f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s that memory gives"
         )
+    if result.disk_bytes_per_token is not None and result.disk_bytes_per_token > 0.01 * result.bytes_per_token:
+        rate = result.disk_bytes_per_token * result.decode_tokens_per_second
+        lines.append(f"          {result.disk_bytes_per_token / 1e9:.2f} GB from the disk, at {rate / 1e9:.2f} GB/s")
     lines.append("a token   " + ", ".join(f"{part} {ms:.2f}" for part, ms in result.breakdown.items()) + " ms")
     memory = f"memory    {result.peak_rss_bytes / 2**30:.2f} GiB at most, mapped weights included"
     if result.rss_anon_bytes is not None:

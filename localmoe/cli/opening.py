@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from localmoe import store
 from localmoe.cli import streams
-from localmoe.errors import ModelNotFoundError
+from localmoe.errors import LocalMoeError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,9 +44,29 @@ def open_found(resolved: Resolved, machine: Machine) -> Engine:
     streams.passing_remark(f"loading {label(resolved)} ...")
     try:
         with _nothing_collected():
-            return load_engine(resolved.path, machine)
+            engine = load_engine(resolved.path, machine)
     finally:
         streams.passing_remark("")
+    if engine.reads_the_disk:
+        with contextlib.suppress(LocalMoeError):  # the model is open: that its speed is not known is no failure
+            _tell_what_the_disk_costs(resolved, machine)
+    return engine
+
+
+def _tell_what_the_disk_costs(resolved: Resolved, machine: Machine) -> None:
+    """Say what to expect of a model that is larger than memory, which is slow, and why."""
+    from localmoe.cli.plan import forecast
+
+    subject, speeds, plan, _ = forecast(resolved.path / "config.json", None, machine)
+    total = sum(layer.experts for layer in subject.sizes.layers)
+    disk = speeds.disk
+    by = "as localmoe doctor measured" if disk.origin == "cached" else "assumed; localmoe doctor measures it"
+    if plan.placement.disk_experts:
+        streams.remark(
+            f"{label(resolved)} is larger than the memory it may use: {plan.placement.disk_experts:,} of {total:,} "
+            f"experts wait on the disk; about {plan.decode.tokens_per_second:.2g} tokens/s, if that reads "
+            f"{disk.value / 1e9:.2g} GB/s ({by})"
+        )
 
 
 @contextlib.contextmanager

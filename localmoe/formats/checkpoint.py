@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import mmap
 import os
 import threading
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -19,16 +15,13 @@ from torch import Tensor
 
 from localmoe.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from localmoe.formats.fp8 import scale_shape
+from localmoe.formats.mapping import bring, lock, map_file, tells_what_is_in_memory
 from localmoe.formats.safetensors import TensorInfo, read_header
 from localmoe.formats.scheme import QuantizationConfig, Scheme
 from localmoe.formats.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Nf4Weight, Weight
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MADV_POPULATE_READ = 22  # linux/mman.h; Python's mmap holds the GIL during madvise and does not name it
-_WARM_BYTES = 64 << 20  # mapped at a time
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,6 +39,7 @@ class Checkpoint:
         self.quantization, self.fp8_block = _parse_quantization(config)
         self._mapped: dict[Path, Tensor] = {}
         self._closed = False
+        self._huge_pages = True
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -74,23 +68,32 @@ class Checkpoint:
         self._closed = True
         self._mapped.clear()
 
-    def warm(self) -> threading.Thread:
+    def warm(self, names: Iterable[str] | None = None, *, keep: bool = False) -> threading.Thread:
         """Map every page in the background, reading what is not in memory yet: far cheaper than a fault for each few.
 
-        For a model that fits memory only. Does nothing where the kernel cannot (before Linux 5.14), or where a file
-        cannot be read: whoever uses a tensor hears of that. Ends early when the checkpoint is closed.
+        For a model that fits memory; of another one only the tensors `names`, before any is used, which then stay there
+        with `keep`, as far as the user may lock memory. Does nothing where the kernel cannot (before Linux 5.14), or
+        where a file cannot be read: whoever uses a tensor hears of that. Ends early when the checkpoint is closed.
         """
-        files = [self._file(path) for path in sorted({info.file for info in self.tensors.values()})]
-        thread = threading.Thread(target=self._populate, args=(files,), name="localmoe-warm", daemon=True)
+        self._huge_pages = names is None
+        if names is None:
+            files = sorted({info.file for info in self.tensors.values()})
+            pieces = [(file, 0, file.nbytes) for file in map(self._file, files)]
+        else:
+            pieces = [(self._file(path), start, size) for path, start, size in _joined(map(self.info, names))]
+        thread = threading.Thread(target=self._bring, args=(pieces, keep), name="localmoe-warm", daemon=True)
         thread.start()
         return thread
 
-    def _populate(self, files: list[Tensor]) -> None:
-        for file in files:  # held here, so that their pages stay mapped
-            for start in range(0, file.nbytes, _WARM_BYTES):
-                size = min(_WARM_BYTES, file.nbytes - start)
-                if self._closed or _madvise(file.data_ptr() + start, size, _MADV_POPULATE_READ) != 0:
-                    return
+    def _bring(self, pieces: list[tuple[Tensor, int, int]], keep: bool) -> None:
+        for piece in pieces:  # held here, so that their pages stay mapped
+            if not bring(*piece, exactly=not self._huge_pages, stopped=lambda: self._closed):
+                return
+            keep = keep and lock(*piece)
+
+    def tells_what_is_in_memory(self) -> bool:
+        """Whether the system says which pages of the mapped files are in memory."""
+        return all(tells_what_is_in_memory(path) for path in {info.file for info in self.tensors.values()})
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises CheckpointError when there is none of this name."""
@@ -209,20 +212,9 @@ class Checkpoint:
         return CheckpointError(f"{self.info(name).file.name}: {name} {what}")
 
     def _file(self, path: Path) -> Tensor:
-        """The whole file as uint8, mapped once. Shared and read-only: no memory is committed for it."""
+        """The whole file, mapped once."""
         if path not in self._mapped:
-            try:
-                with path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                with contextlib.suppress(OSError):  # an older kernel has none for files
-                    # Where the file is not in memory yet, it comes in pages of 2 MiB: fewer to look up for experts
-                    # that lie all over it, and fewer to map
-                    mapped.madvise(mmap.MADV_HUGEPAGE)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be mapped ({error.strerror})") from error
-            with warnings.catch_warnings():  # torch has no read-only tensors and says so
-                warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                self._mapped[path] = torch.frombuffer(mapped, dtype=torch.uint8)
+            self._mapped[path] = map_file(path, huge_pages=self._huge_pages)
         return self._mapped[path]
 
 
@@ -233,6 +225,18 @@ class ReadingCheckpoint(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         """The tensor in fresh memory."""
         return self.read(name)
+
+
+def _joined(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
+    """(file, offset, bytes) of tensors; those that touch are one."""
+    joined: list[tuple[Path, int, int]] = []
+    for info in sorted(infos, key=lambda info: (info.file, info.offset)):
+        path, start, size = joined[-1] if joined else (info.file, -1, 0)
+        if path == info.file and start + size == info.offset:
+            joined[-1] = path, start, size + info.nbytes
+        else:
+            joined.append((info.file, info.offset, info.nbytes))
+    return joined
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -72,6 +72,17 @@ class Kernels:
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
+    def ask_ahead(self, nbytes: int, tells: bool) -> None:
+        """Ask for experts that are not in memory so many bytes ahead of computing them, for all that a token chose at
+        once. `tells`: the system says what is in memory. Changes no result; the reference does without."""
+        if self.backend is not None:
+            self.backend.kernels.ask_ahead(nbytes, tells)
+
+    @property
+    def bytes_asked(self) -> int:
+        """Bytes of experts that were asked for so far."""
+        return 0 if self.backend is None else self.backend.kernels.bytes_asked()
+
     def product(self, weight: Weight) -> Product:
         """x @ W^T for this matrix."""
         return Product(weight, self.backend)

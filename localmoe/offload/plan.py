@@ -60,6 +60,11 @@ class Placement:
         """Layers computed on the CPU."""
         return sum(not layer.on_gpu for layer in self.layers)
 
+    @property
+    def disk_experts(self) -> int:
+        """Routed experts that stay on the disk."""
+        return sum(layer.disk_experts for layer in self.layers)
+
     def nbytes(self, tier: Tier) -> int:
         """Bytes in one place."""
         return sum(share.nbytes for share in self.shares if share.tier == tier)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from localmoe.kernels.cores import physical_cores
+from localmoe.memory import available_memory
 
 Run = Callable[[Sequence[str]], str]
 T = TypeVar("T")
@@ -167,6 +168,15 @@ def _card(line: str) -> Card:
 
 def _mib(text: str) -> int | None:
     return int(text) * _MIB if text.isdigit() else None  # "[N/A]" on cards that share the CPU's memory
+
+
+def usable_memory(places: Places | None = None) -> int | None:
+    """Bytes that this process can still take: what is available, or its control group's limit where that is less. None
+    where the system tells neither."""
+    places = places or Places()
+    attempt = Attempts()
+    found = available_memory(places.proc / "meminfo"), attempt("limit", lambda: _memory_limit(places), None)
+    return min((size for size in found if size is not None), default=None)
 
 
 def _memory(meminfo: Path) -> tuple[int | None, int | None]:

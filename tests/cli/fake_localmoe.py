@@ -83,6 +83,7 @@ class FakeEngine:
     calls: list[dict] = field(default_factory=list)
     speculation: FakeSpeculation | None = None
     placement: None = None
+    reads_the_disk: bool = False
     expert_hits = hit_rates = staticmethod(lambda since=None: None)
     closed: bool = False
     opened: tuple | None = None

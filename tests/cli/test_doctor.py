@@ -25,7 +25,7 @@ FIGURES = {
     "read": Figure(60e9, "measured"),
     "weights.int4": Figure(55e9, "measured"),
     "many.int4": Figure(4e11, "measured"),
-    "disk": Figure(3e9, "measured", "ext4, 256 MiB in order"),
+    "disk": Figure(3e9, "measured", "ext4, 256 MiB in pieces"),
 }
 
 
@@ -54,7 +54,7 @@ def test_it_says_what_it_found_and_keeps_it(invoke, machine: dict, home: Path) -
         "limits        none by the control group",
         "GPU           no NVIDIA card found",
         "memory reads  60 GB/s",
-        "disk reads    3 GB/s (ext4, 256 MiB in order)",
+        "disk reads    3 GB/s (ext4, 256 MiB in pieces)",
         "one token     int4 55 GB/s",
         "many tokens   int4 400 G multiply-adds/s",
         f"kept for `localmoe plan` in {home / NAME}",
@@ -73,7 +73,7 @@ def test_json(invoke, machine: dict, home: Path) -> None:
     record = invoke("doctor", "--json", "--threads", "2").json
     assert (record["tier"], record["threads"], record["cores"]) == ("avx2", 2, 4)
     assert record["figures"]["disk"] == {
-        "value": 3e9, "origin": "measured", "note": "ext4, 256 MiB in order", "unit": "bytes/s"
+        "value": 3e9, "origin": "measured", "note": "ext4, 256 MiB in pieces", "unit": "bytes/s"
     }  # fmt: skip
     assert record["cards"][0]["link"] == [4, 8]
     assert record["saved"] == str(home / NAME)

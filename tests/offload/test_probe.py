@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localmoe.offload import probe
-from localmoe.offload.probe import Card, Places, cards, last_level_cache, look
+from localmoe.offload.probe import Card, Places, cards, last_level_cache, look, usable_memory
 
 SMI = "NVIDIA GeForce RTX 4060, 8188, 7012, 565.57.01, 8.9, 4, 8\nOdd, Inc. card, [N/A], [N/A], 1, 12.1, [N/A], [N/A]\n"
 
@@ -51,6 +51,13 @@ def test_what_the_system_tells(places: Places) -> None:
     assert facts.huge_pages == "madvise"
     assert [card.name for card in facts.cards] == ["NVIDIA GeForce RTX 4060", "Odd, Inc. card"]
     assert facts.failed == ()
+
+
+def test_what_may_be_used_is_the_less_of_what_is_available_and_the_limit(places: Places, tmp_path: Path) -> None:
+    assert usable_memory(places) == 8 << 30
+    (places.proc / "meminfo").write_text("MemTotal: 32000000 kB\nMemAvailable: 2000 kB\n")
+    assert usable_memory(places) == 2000 * 1024
+    assert usable_memory(Places(tmp_path / "none", tmp_path / "none")) is None
 
 
 def test_cards() -> None:

@@ -52,13 +52,25 @@ void ExpertWorkspace::plan(const std::vector<std::optional<Mlp>>& routed, const 
   }
 }
 
+// As planned, or, where bytes are asked for, those in memory first, the shared expert among them: the others arrive
+// meanwhile. Sums are made in the order of the plan all the same.
+void ExpertWorkspace::order() {
+  mlps_.clear();
+  order_.resize(used_);
+  for (size_t i = 0; i < used_; ++i) order_[i] = i;
+  if (!arrivals_.on()) return;
+  for (size_t i = 0; i < used_; ++i) mlps_.push_back(jobs_[i].mlp);
+  order_ = arrivals_.begin(mlps_);
+}
+
 void ExpertWorkspace::prepare(const Tier& tier, int64_t tokens) {
   const bool many = tokens > kMatvecTokens;
   inputs_.resize(kForms);
   std::array<bool, kForms> wanted{};
   items_.clear();
-  for (size_t i = 0; i < used_; ++i) {
-    Job& job = jobs_[i];
+  for (size_t place = 0; place < used_; ++place) {
+    Job& job = jobs_[order_[place]];
+    job.place = place;
     const auto count = static_cast<int64_t>(job.tokens.size());
     const Matrix& gate = job.mlp->gate;
     Operand& rounded = inputs_[static_cast<size_t>(gate.form)];
@@ -79,6 +91,7 @@ void ExpertWorkspace::inner_rows(const Tier& tier, int64_t item, int threads, st
   Job& job = *items_[item].job;
   const Mlp& mlp = *job.mlp;
   const int64_t block = items_[item].block;
+  if (arrivals_.on()) arrivals_.reached(job.place);
   // The threads take items in turn, so this one's next is probably so many further on
   const auto after = static_cast<size_t>(item + threads);
   const Place next = after < items_.size() ? items_[after].job->mlp->gate.row(items_[after].block * kBlock)
@@ -121,6 +134,7 @@ void ExpertWorkspace::forward(const Tier& tier, ThreadPool& pool, const std::vec
                               int64_t width, float* result) {
   hidden_ = width;
   plan(routed, shared, routing, tokens);
+  order();
   prepare(tier, tokens);
   scratch_.resize(pool.threads());
   const int64_t blocks = (width + kBlock - 1) / kBlock;

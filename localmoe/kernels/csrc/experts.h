@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "arrival.h"
 #include "matrix.h"
 #include "thread_pool.h"
 
@@ -35,6 +36,9 @@ class ExpertWorkspace {
   void forward(const Tier& tier, ThreadPool& pool, const std::vector<std::optional<Mlp>>& routed, const Mlp* shared,
                const Routing& routing, const float* hidden, int64_t tokens, int64_t width, float* result);
 
+  // How bytes are asked for that are not in memory.
+  Arrivals& arrivals() { return arrivals_; }
+
  private:
   // One expert and the tokens that go to it.
   struct Job {
@@ -44,6 +48,7 @@ class ExpertWorkspace {
     Operand gathered;               // its tokens' activations, where they are not all
     const Operand* input = nullptr;
     Operand inner;                  // silu(gate) * up
+    size_t place = 0;               // in the order that the inner products are computed in
     std::atomic<int64_t> missing{0};  // blocks of `inner`; the down projection waits for the last
   };
   struct InnerItem {
@@ -58,6 +63,7 @@ class ExpertWorkspace {
   void result_rows(const Tier& tier, int64_t first, int64_t last, int64_t tokens, float* result, int threads,
                    std::vector<float>& scratch);
   Job& job(size_t index);
+  void order();
 
   std::deque<Job> jobs_;  // the first `used_` are this call's
   size_t used_ = 0;
@@ -65,6 +71,9 @@ class ExpertWorkspace {
   std::vector<Operand> inputs_;     // the activations, by form of matrix
   std::vector<Operand*> wanted_;    // those of this call
   std::vector<InnerItem> items_;
+  std::vector<size_t> order_;       // of the jobs' inner products
+  std::vector<const Mlp*> mlps_;    // the jobs', where bytes are asked for
+  Arrivals arrivals_;
   std::vector<std::vector<float>> scratch_;  // by thread
   Chunks rounding_, gathering_, inner_, result_;
   int64_t hidden_ = 0;

@@ -63,6 +63,17 @@ class Kernels {
     return static_cast<double>(memory.nbytes()) / seconds.count();
   }
 
+  // Experts that are not in memory are asked for so many bytes ahead of their computation; see Arrivals::set.
+  void ask_ahead(int64_t bytes, bool tells) {
+    std::lock_guard lock(mutex_);
+    workspace_.arrivals().set(bytes, tells);
+  }
+
+  int64_t bytes_asked() {
+    std::lock_guard lock(mutex_);
+    return workspace_.arrivals().asked();
+  }
+
   // y = the experts' weighted sum and the shared expert's output. Every routed expert must have been set.
   void experts(const Experts& experts, const Rows<float>& x, const Rows<int64_t>& ids, const Rows<float>& weights,
                const Result& y) {
@@ -344,6 +355,8 @@ NB_MODULE(_cpu, m) {
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<const std::string&, int, std::vector<int>>(), "tier"_a, "threads"_a, "cpus"_a)
       .def("linear", &Kernels::linear)
+      .def("ask_ahead", &Kernels::ask_ahead, "bytes"_a, "tells"_a)
+      .def("bytes_asked", &Kernels::bytes_asked)
       .def("experts", &Kernels::experts)
       .def("read_bandwidth", &Kernels::read_bandwidth)
       .def("attention", &Kernels::attention)
