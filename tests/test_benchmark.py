@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from localmoe.benchmark import bytes_per_token
+from localmoe.benchmark import Benchmark, bytes_per_token
 from localmoe.cli.app import app
+from localmoe.cli.bench import _lines
 from localmoe.model.config import ModelConfig
 
 CONFIG: dict[str, Any] = {
@@ -63,3 +64,27 @@ def test_bench_on_the_demo(kernels: str) -> None:
 def test_more_than_the_context_holds_is_refused() -> None:
     outcome = CliRunner().invoke(app, ["bench", "demo:source", "-p", "100000"])
     assert outcome.exit_code == 1
+
+
+@pytest.mark.parametrize(("disk", "line"), [(None, False), (0, False), (5_000_000, False), (250_000_000, True)])
+def test_what_comes_from_the_disk_is_said(disk: int | None, line: bool) -> None:
+    result = Benchmark(
+        "avx2",
+        2,
+        16,
+        16,
+        0,
+        1.0,
+        1.0,
+        10.0,
+        4.0,
+        None,
+        1_000_000_000,
+        disk,
+        None,
+        1,
+        None,
+        {"experts": 450.0, "head": 50.0},
+    )
+    said = "0.25 GB a token from the disk, at 0.50 GB/s; 2.00 tokens/s on average"
+    assert (said in _lines("model", result, 1.0, 2.0)) == line
