@@ -354,7 +354,7 @@ def test_a_model_larger_than_memory_gives_the_same_bits(tmp_path: Path, monkeypa
     from quantize.pipeline import quantize
 
     path, ids = tmp_path / "artifact", list(range(40, 90))
-    quantize(DEMO, path, "compact")
+    quantize(DEMO, path, "compact", grid="absmax")
     with load(path, threads=2, ctx=128) as whole:
         assert not whole.reads_the_disk
         wanted = whole.logits(ids)
