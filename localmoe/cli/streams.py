@@ -52,10 +52,10 @@ def can_style(stream: TextIO | None) -> bool:
     return is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
 
 
-def columns() -> int:
-    """The width of the terminal at standard output, as it is now."""
+def columns(stream: TextIO | None = None) -> int:
+    """The width of the terminal at `stream`, by default standard output, as it is now."""
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        return os.get_terminal_size((sys.stdout if stream is None else stream).fileno()).columns or 80
     except (OSError, ValueError):
         return 80
 
