@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from localmoe.errors import DeviceError, UsageError
+from localmoe.explain import PartTimer, explain_engine
 from localmoe.load import Engine, load
 from localmoe.offload.device import CardMemory, choose_card
 from localmoe.offload.plan import CUDA_CONTEXT, STAGING, card_workspace
@@ -68,6 +69,41 @@ def test_one_generation_at_a_time_and_nothing_is_learned(on_card: Callable[..., 
         next(engine.generate([7], max_tokens=1, reuse_prefix=True))
     assert not (tmp_path / "heat").exists()
     assert engine.expert_uses() is None  # nothing of it holds what was on the card
+
+
+def test_a_tokens_time_is_split_up_beside_a_conversation(
+    on_card: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversation goes on as if nobody had looked, and its answer's time is all in the parts."""
+    monkeypatch.setattr("localmoe.engine._SPLIT_TOKENS", 1)  # a row takes seconds on the interpreter
+
+    def said(looks: bool) -> tuple[list[int], torch.Tensor | None]:
+        with on_card(64 * MIB, deterministic=True, kernels="reference") as engine:
+            timer = PartTimer(engine.kernels.profile, engine.expert_hits, engine.hit_rates)
+            first = []
+            for step in engine.generate([5], max_tokens=2, reuse_prefix=True):
+                timer.first_token()
+                first.append(step.token_id)
+            if looks:
+                assert step.stats is not None
+                sample = timer.sample(1, step.stats.decode_seconds, step.stats.sampling_seconds, 2, False)
+                assert sample is not None
+                found = explain_engine(engine, sample, Path("nowhere"), {})
+                parts = found.milliseconds_per_token
+                assert {"attention", "router", "shared expert", "experts on GPU", "dense", "head", "copies"} < set(
+                    parts
+                )
+                assert "card" not in parts
+                assert sum(parts.values()) == pytest.approx(1e3 * step.stats.decode_seconds)
+                assert found.bytes_per_token["attention"] > 0
+            second = engine.generate([5, *first, 6], max_tokens=1, reuse_prefix=True)
+            return [*first, *(step.token_id for step in second)], engine.expert_uses()
+
+    plain, seen = said(False), said(True)
+    assert plain[0] == seen[0]
+    assert plain[1] is not None
+    assert seen[1] is not None
+    assert torch.equal(plain[1], seen[1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
