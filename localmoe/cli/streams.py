@@ -107,8 +107,8 @@ def remark(text: str) -> None:
 
 def passing_remark(text: str) -> None:
     """Show `text` on the last line of the terminal until the next one; an empty `text` removes it."""
-    if can_style(sys.stderr):
-        _raw("\r\x1b[K" + dim(printable(text), sys.stderr))
+    if can_style(sys.stderr):  # without wrapping at the margin: of two lines the first would stay
+        _raw(f"\r\x1b[K\x1b[?7l{dim(printable(text), sys.stderr)}\x1b[?7h" if text else "\r\x1b[K")
 
 
 def dim(text: str, stream: TextIO | None) -> str:
