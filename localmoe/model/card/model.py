@@ -267,7 +267,8 @@ class CardModel:
         mark("head")
 
     def split(self, token_ids: Sequence[int], cache: LatentCache) -> Split:
-        """Seconds by part of a decoded token, from one pass for each of `token_ids`, each as if it came next.
+        """Seconds by part of what the card does for a decoded token, from a pass for each of `token_ids`, each as if it
+        came next. Layers and a head in CPU memory have a profile of their own.
 
         They run outside the CUDA graph, whose kernels cannot be told apart, and change nothing: the row that they write
         is behind the cache's tokens, and the router's counts are put back. Raises as `forward` for a cache without
@@ -294,7 +295,7 @@ class CardModel:
         )
 
     def _timed(self, token_id: int, cache: LatentCache, mark: Marks) -> None:
-        """A pass of one token with marks."""
+        """The card's part of a pass of one token, with marks."""
         rows, ids = self._rows, torch.tensor([token_id])
         self._staged[:1] = embedding_rows(self._embedding, ids)
         self._staged_start[0] = cache.length
@@ -305,24 +306,8 @@ class CardModel:
         rows.start.copy_(self._staged_start, non_blocking=True)
         mark(COPIES)
         self._body(1, mark)
-        if self._whole:
-            rows.logits[:1].to("cpu", copy=True)
-            mark(COPIES)
-            return
-        x = rows.stream[:1].cpu()
+        (rows.logits[:1] if self._whole else rows.stream[:1]).to("cpu", copy=True)
         mark(COPIES)
-        if self._blocks:
-            places = positions(self.config, self._rope, cache.length, 1)
-            for block in self._blocks:
-                x = block(x, places, cache)
-            mark("layers on CPU")
-        states = self._norm(x)
-        mark("norms")
-        if isinstance(self._head, Linear):
-            self._head(states)
-        else:
-            self._head_rows(self._head, states.to(self._device)).cpu()
-        mark("head")
 
     def _many(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """The card's part of a longer pass: [T, H] on the card."""
