@@ -205,7 +205,7 @@ class MtpDrafter:
 
 class _States:
     """States in a row, float32 [T, H], in memory of their own. Kept as the tensors that they come in, they would be in
-    the way of the next passes', which then take new memory each time: 3 % of a token of a small model."""
+    the way of the next passes', which then take new memory each time."""
 
     def __init__(self) -> None:
         self._rows = torch.empty(0, 0)
