@@ -77,33 +77,29 @@ def test_a_tokens_time_is_split_up_beside_a_conversation(
     """The conversation goes on as if nobody had looked, and its answer's time is all in the parts."""
     monkeypatch.setattr("localmoe.engine._SPLIT_TOKENS", 1)  # a row takes seconds on the interpreter
 
-    def said(looks: bool) -> tuple[list[int], torch.Tensor | None]:
-        with on_card(64 * MIB, deterministic=True, kernels="reference") as engine:
-            timer = PartTimer(engine.kernels.profile, engine.expert_hits, engine.hit_rates)
-            first = []
-            for step in engine.generate([5], max_tokens=2, reuse_prefix=True):
-                timer.first_token()
-                first.append(step.token_id)
-            if looks:
-                assert step.stats is not None
-                sample = timer.sample(1, step.stats.decode_seconds, step.stats.sampling_seconds, 2, False)
-                assert sample is not None
-                found = explain_engine(engine, sample, Path("nowhere"), {})
-                parts = found.milliseconds_per_token
-                assert {"attention", "router", "shared expert", "experts on GPU", "dense", "head", "copies"} < set(
-                    parts
-                )
-                assert "card" not in parts
-                assert sum(parts.values()) == pytest.approx(1e3 * step.stats.decode_seconds)
-                assert found.bytes_per_token["attention"] > 0
-            second = engine.generate([5, *first, 6], max_tokens=1, reuse_prefix=True)
-            return [*first, *(step.token_id for step in second)], engine.expert_uses()
-
-    plain, seen = said(False), said(True)
-    assert plain[0] == seen[0]
-    assert plain[1] is not None
-    assert seen[1] is not None
-    assert torch.equal(plain[1], seen[1])
+    with on_card(64 * MIB, deterministic=True, kernels="reference") as engine:
+        timer, ids = PartTimer(engine.kernels.profile, engine.expert_hits, engine.hit_rates), [5]
+        for step in engine.generate([5], max_tokens=2, reuse_prefix=True):
+            timer.first_token()
+            ids.append(step.token_id)
+        assert step.stats is not None
+        sample = timer.sample(1, step.stats.decode_seconds, step.stats.sampling_seconds, 2, False)
+        uses = engine.expert_uses()
+        assert sample is not None
+        assert uses is not None
+        found = explain_engine(engine, sample, Path("nowhere"), {})
+        parts = found.milliseconds_per_token
+        assert {"attention", "router", "shared expert", "experts on GPU", "dense", "head", "copies"} < set(parts)
+        assert "card" not in parts
+        assert sum(parts.values()) == pytest.approx(1e3 * step.stats.decode_seconds)
+        assert found.bytes_per_token["attention"] > 0
+        assert torch.equal(uses, engine.expert_uses())
+        (last,) = engine.generate([*ids, 6], max_tokens=1, reuse_prefix=True)
+    with load("demo:source", device="cpu", kernels="reference") as reference:
+        (wanted,) = reference.generate([*ids, 6], max_tokens=1)
+    assert last.token_id == wanted.token_id
+    assert last.stats is not None
+    assert last.stats.reused_tokens == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
