@@ -6,12 +6,13 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from localmoe.card_parts import split_up
 from localmoe.errors import ContextOverflowError
 from localmoe.model.kv_cache import row_bytes
 
@@ -31,7 +32,8 @@ class Benchmark:
     counts what a decoded token reads once: weights as stored and, at the middle of the run, the latent cache;
     `disk_bytes_per_token` what this process read from the disk meanwhile, a mean (None: the kernel does not tell);
     `bandwidth_fraction` is that times tokens a second over the read bandwidth, which was measured before and after.
-    `breakdown` is milliseconds of a decoded token by part; `hit_rate_by_layer` the share of the MoE layers' expert uses
+    `breakdown` is milliseconds of a decoded token by part, `beside` what ran at the same time as a card's parts;
+    `hit_rate_by_layer` the share of the MoE layers' expert uses
     that the card served in the last repeat's decoding (None: no card).
     """
 
@@ -52,6 +54,7 @@ class Benchmark:
     rss_anon_bytes: int | None
     breakdown: dict[str, float]
     hit_rate_by_layer: list[float] | None = None
+    beside: dict[str, float] = field(default_factory=dict)
 
 
 def bytes_per_token(config: ModelConfig, tensors: Iterable[TensorInfo]) -> int:
@@ -108,6 +111,7 @@ def measure(
             decodes.append(seconds)
             parts.append(breakdown)
         rates = engine.hit_rates(hits)
+        split = engine.card_split(context + completion_tokens // 2)
         peak, anonymous = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _rss_anon()
         bandwidths += [backend.read_bandwidth()] if backend else []
         decode = statistics.median(decodes)
@@ -130,8 +134,9 @@ def measure(
             bandwidth_fraction=size / decode / bandwidth if bandwidth else None,
             peak_rss_bytes=peak,
             rss_anon_bytes=anonymous,
-            breakdown={part: statistics.median(each[part] for each in parts) for part in parts[0]},
+            breakdown=split_up({part: statistics.median(each[part] for each in parts) for part in parts[0]}, split),
             hit_rate_by_layer=rates,
+            beside={part: 1e3 * seconds for part, seconds in split.beside.items()} if split else {},
         )
 
 

@@ -60,6 +60,7 @@ class MeasuredLength:
     _PRIOR, _PRIOR_WEIGHT = 0.6, 2  # acceptance before anything is known, as if so many guesses had been checked
     _OFTEN, _SELDOM = 64, 512  # passes until another length is tried again: doubling while guessing loses
     _TRIAL = 2  # passes of such a trial
+    _REST = 8  # plain passes, at most, between two looks at the times where guessing loses: looking takes time, too
     _MARGIN = 1.02  # guessing must win by: it is not to lose when the measured times are a little off
     _CREDIT_RATE = 0.02  # of plain passes
     _FIRST_CREDIT, _MOST_CREDIT, _LEAST_CREDIT = 1.0, 4.0, -2.0  # plain passes
@@ -67,24 +68,25 @@ class MeasuredLength:
     def __init__(self, most: int) -> None:
         self._most = most
         self._times: list[deque[float]] = [deque(maxlen=self._RECENT) for _ in range(most + 1)]
-        self._time = [0.0] * (most + 1)  # their medians
+        self._medians: list[float | None] = [None] * (most + 1)  # theirs, where nothing has come since
         self._tried = [0.0] * (most + 1)  # guesses at this distance that were checked ...
         self._right = [0.0] * (most + 1)  # ... and right
         self._credit = self._FIRST_CREDIT
         self._since_trial = self._trials = self._trial_passes = 0
         self._interval = self._OFTEN
         self._trial = 0  # the length tried while `_trial_passes` are left
+        self._rest, self._longest_rest = 0, 1  # passes that are plain ones whatever comes: longer each time
 
     @property
     def best(self) -> int:
         """See `DraftLength`. Among the lengths measured and the next longer one, as if times went on as they did."""
         if len(self._times[0]) < self._PLAIN_FIRST or len(self._times[1]) < self._GUESSED_FIRST:
             return 0
-        winner, rate = 0, self._MARGIN / self._time[0]
+        winner, rate = 0, self._MARGIN / self._time(0)
         for length, tokens in enumerate(self._tokens(), start=1):
-            before, time = self._time[length - 1], self._time[length]
+            before, time = self._time(length - 1), self._time(length)
             if not self._times[length]:
-                time = before + max(before - self._time[length - 2], 0.0)
+                time = before + max(before - self._time(length - 2), 0.0)
             if tokens / time > rate:
                 winner, rate = length, tokens / time
             if not self._times[length]:
@@ -93,27 +95,50 @@ class MeasuredLength:
 
     def next(self) -> int:
         """See `DraftLength`."""
+        if self._rest:
+            self._rest -= 1
+            return 0
         if len(self._times[0]) < self._PLAIN_FIRST:
             return 0
         wanted = 1 if len(self._times[1]) < self._GUESSED_FIRST else self._best_or_trial()
-        return wanted if wanted == 0 or self._credit >= self._risk(wanted) else 0
+        if wanted:
+            missing = self._risk(wanted) - self._credit
+            if missing <= 0:
+                self._longest_rest = 1
+                return wanted
+            passes = missing / self._CREDIT_RATE
+        else:
+            passes = self._interval - self._since_trial
+        self._rest = max(0, min(int(passes), self._longest_rest) - 1)
+        self._longest_rest = min(2 * self._longest_rest, self._REST)
+        return 0
 
     def record(self, drafted: int, accepted: int, seconds: float) -> None:
         """See `DraftLength`."""
         self._times[drafted].append(seconds)
-        self._time[drafted] = median(self._times[drafted])
+        self._medians[drafted] = None
         self._since_trial += 1
         # A drafter may have had fewer guesses than it was asked for, but a trial of guessing needs one
         if self._trial_passes and min(drafted, 1) == min(self._trial, 1):
             self._trial_passes -= 1
+        if not drafted:
+            self._credit = min(self._credit + self._CREDIT_RATE, self._MOST_CREDIT)
+            return
         for distance in range(1, min(accepted + 1, drafted) + 1):
             self._tried[distance] = self._tried[distance] * self._DECAY + 1
             self._right[distance] = self._right[distance] * self._DECAY + (distance <= accepted)
         if self._times[0]:
             tokens = 1 + accepted
-            gain = tokens - self._time[drafted] / self._time[0] if drafted else 0.0
+            gain = tokens - self._time(drafted) / self._time(0)
             credit = self._credit + gain + self._CREDIT_RATE * tokens
             self._credit = max(min(credit, self._MOST_CREDIT), self._LEAST_CREDIT)
+
+    def _time(self, length: int) -> float:
+        """The median of its last passes; 0 where there were none."""
+        found = self._medians[length]
+        if found is None:
+            found = self._medians[length] = median(self._times[length]) if self._times[length] else 0.0
+        return found
 
     def _best_or_trial(self) -> int:
         best = self.best
@@ -127,7 +152,7 @@ class MeasuredLength:
 
     def _risk(self, length: int) -> float:
         """What a pass whose guesses are all wrong loses, in plain passes."""
-        extra = self._time[length] / self._time[0] - 1 if self._times[length] else 1.0
+        extra = self._time(length) / self._time(0) - 1 if self._times[length] else 1.0
         return min(extra, self._MOST_CREDIT)
 
     def _tokens(self) -> Iterator[float]:

@@ -37,13 +37,16 @@ from localmoe.text import THINKING_END, ChatTemplate, Message, ThinkingSplitter,
 from localmoe.text.files import read_json_object
 
 if TYPE_CHECKING:
-    from localmoe.model.card.model import CardModel
+    from localmoe.model.card.model import CardModel, Split
     from localmoe.offload.plan import Placement
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
 _MOST_CHAINED = 3
 """Guesses of an MTP layer that are worth trying: it was trained for the first, and each costs a pass of it."""
+
+_SPLIT_TOKENS = 8
+"""Passes that a token's time on a card is split up by."""
 
 
 class Engine:
@@ -252,6 +255,26 @@ class Engine:
         placed = [layer.gpu_hits for layer in self.placement.layers]
         measured = rates(counts if since is None else counts - since, placed)
         return [rate for rate, is_moe in zip(measured, self.config.moe_layers, strict=True) if is_moe]
+
+    def card_split(self, held: int) -> Split | None:
+        """Where a decoded token's time goes on the card, from a few passes beside what is decoded: after the kept
+        conversation, or where none is kept after `held` random tokens. Nothing of the conversation changes. None
+        without a card, or where the context has no room for one token more."""
+        model = self.model
+        if isinstance(model, Model):
+            return None
+        if self._cached is not None and self._cached.length:
+            cache, ids = self._cached.cache, self._cached.token_ids[-_SPLIT_TOKENS:]
+        else:
+            random = torch.Generator().manual_seed(0)
+            cache = model.new_cache(self.max_context)
+            held = min(held, cache.capacity - 1)
+            for layer in cache.layers:
+                cache.append(layer, torch.randn(held, self.config.latent_width, generator=random))
+            cache.advance(held)
+            self._cached = None  # a card holds one cache
+            ids = tuple(torch.randint(0, self.config.vocab_size, (_SPLIT_TOKENS,), generator=random).tolist())
+        return model.split(ids, cache) if cache.length < cache.capacity else None
 
     def save_session(self, path: Path, facts: Facts) -> Facts:
         """Write what `reuse_prefix` would go on from, and `facts`, whose model and counts are filled in, to a file.

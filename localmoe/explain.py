@@ -8,12 +8,13 @@ shrinks with the bytes or the rate, and the rest of its time stays. So the gains
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from localmoe.card_parts import CARD, bytes_by_card_part, split_up
 from localmoe.formats.scheme import QuantizationConfig
 from localmoe.kernels.profile import Profile
 from localmoe.model.kv_cache import row_bytes
@@ -37,7 +38,8 @@ _LEAST_GAIN = 0.01
 class Sample:
     """Decoding as it was timed: `parts` seconds by part of `seconds` in all, for `tokens` tokens with `held` tokens in
     the cache on average. `several` is set where a pass computed several tokens (guesses): what it read is not known.
-    `hit_rates` are those of the MoE layers meanwhile (None: no card, or not counted)."""
+    `hit_rates` are those of the MoE layers meanwhile (None: no card, or not counted). `beside` are seconds a token of
+    what ran at the same time as a card's parts."""
 
     tokens: int
     seconds: float
@@ -45,6 +47,7 @@ class Sample:
     held: int
     several: bool = False
     hit_rates: Sequence[float] | None = None
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 class PartTimer:
@@ -103,7 +106,8 @@ class Explanation:
     """`milliseconds_per_token` by part, adding up to a token's; `bytes_per_token` by the parts that read weights or
     cache (empty where that is not known); `limit_share` is bytes a second over the limit; `hit_rate_by_layer` is the
     share of expert uses that the card's memory served, or was placed to serve where none was counted (None: no card);
-    `changes` the best first."""
+    `changes` the best first. `beside_milliseconds_per_token` is what ran at the same time as a card's parts: the CPU's
+    experts and the copies for them, of which the card's "waiting" is what it had to wait for."""
 
     tokens: int
     tokens_per_second: float
@@ -114,6 +118,7 @@ class Explanation:
     limit_share: float | None
     hit_rate_by_layer: list[float] | None
     changes: list[Change]
+    beside_milliseconds_per_token: dict[str, float] = field(default_factory=dict)
 
 
 def explain_engine(
@@ -143,6 +148,9 @@ def explain_engine(
         heat = known_heat(home, engine.path, engine.config)
         machine = machine_here(look(), home, threads or facts.cores, with_card=True)
         placed = replace(subject, heat=heat.shares(engine.config))
+        if CARD in sample.parts:
+            split = engine.card_split(sample.held)
+            sample = replace(sample, parts=split_up(sample.parts, split), beside=split.beside if split else {})
         return explain_card(sample, placed, machine, engine.placement, int8_row)
     return explain(
         sample,
@@ -230,8 +238,8 @@ def explain(
 def explain_card(
     sample: Sample, subject: Subject, machine: Machine, placement: Placement, int8_row: int | None
 ) -> Explanation:
-    """The same where a card computes: its time is one part, so what a change does is reckoned as `plan` does it, as a
-    ratio of two predictions, and applied to the speed that was measured."""
+    """The same where a card computes: what a change does is reckoned as `plan` does it, as a ratio of two predictions,
+    and applied to the speed that was measured."""
     plain = explain(replace(sample, several=True), subject, None, {})
     moe = [home for home, layer in zip(placement.layers, subject.sizes.layers, strict=True) if layer.experts]
     vram = placement.nbytes("gpu")
@@ -254,7 +262,15 @@ def explain_card(
             changes.append(Change(what, plain.tokens_per_second * (1 + gain), gain))
     changes.sort(key=lambda change: -change.gain)
     rates = [home.gpu_hits for home in moe] if sample.hit_rates is None else list(sample.hit_rates)
-    return replace(plain, hit_rate_by_layer=rates, changes=changes)
+    read: dict[str, int] = {}
+    if not sample.several:
+        timed = {*plain.milliseconds_per_token, *sample.beside}
+        found_bytes = bytes_by_card_part(subject, placement, rates, sample.held)
+        read = {part: count for part, count in found_bytes.items() if part in timed}
+    beside = {part: 1e3 * spent for part, spent in sample.beside.items()}
+    return replace(
+        plain, bytes_per_token=read, hit_rate_by_layer=rates, changes=changes, beside_milliseconds_per_token=beside
+    )
 
 
 def _faster_memory(machine: Machine) -> Machine:

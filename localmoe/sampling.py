@@ -20,8 +20,12 @@ from torch import Tensor
 from localmoe.errors import CheckpointError, UsageError
 
 _HEADS = (64, 1024)
-"""Top-p looks at so many of the likeliest tokens, and at more where those are not enough, before it sorts the whole
-vocabulary, which for 129,280 tokens takes as long as some layers."""
+"""Top-p looks at so many of the likeliest tokens, and at more where those are not enough, before it looks for the
+place of the cut in the whole vocabulary: sorting 129,280 tokens takes as long as some layers."""
+
+_BIN = 16  # bits of a float that its bin leaves out
+_EXACT = 2.0**-29
+"""Sums up to 1 of float32 numbers from here on are exact in float64, whatever their order."""
 
 _COLDEST = 1e-6
 """Below this temperature, float32 division itself would overflow; the result is the likeliest token anyway."""
@@ -133,7 +137,7 @@ def adjust(logits: Tensor, params: SamplingParams, history: History | None) -> T
 def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn from adjusted logits [V] at a temperature above 0, with their probabilities.
 
-    Returns int64 [N] and float32 [N], 1 <= N <= V, summing to 1.
+    Returns int64 [N] and float32 [N], 1 <= N <= V, summing to 1, in no particular order.
     """
     # Relative to the best one, so that a tiny temperature makes -inf of the others and never inf of the best
     scaled = (logits - logits.max()) / max(params.temperature, _COLDEST)  # [V]
@@ -147,7 +151,7 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     if params.min_p > 0:
         places = (probabilities >= params.min_p * probabilities.max()).nonzero()[:, 0]
         probabilities, token_ids = probabilities[places], places if token_ids is None else token_ids[places]
-    return torch.arange(len(logits)) if token_ids is None else token_ids, probabilities / probabilities.sum()
+    return torch.arange(len(logits)) if token_ids is None else token_ids, _normalized(probabilities)
 
 
 def exponentials(seed: int, position: int, token_ids: Tensor) -> Tensor:
@@ -192,17 +196,57 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def _normalized(probabilities: Tensor) -> Tensor:
+    """[N], summing to 1. The sum's bits do not depend on the order, as float32's would."""
+    return probabilities / probabilities.sum(dtype=torch.float64).float()
+
+
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The likeliest of [N], the first of them first, with their places."""
+    """The likeliest of [N] and their places."""
+    highest = float(probabilities.max())
     for size in _HEADS:
+        if size * highest < 0.99 * top_p:  # so many cannot be enough
+            continue
         head, places = probabilities.topk(min(size, len(probabilities)))
         if float(head.sum()) >= top_p:
             break
     else:
+        found = _nucleus_by_bins(probabilities, top_p)
+        if found is not None:
+            return probabilities[found], found
         head, places = probabilities.sort(descending=True, stable=True)
-    before = head.cumsum(dim=0) - head  # the mass of everything likelier
-    count = max(1, int((before < top_p).sum()))
+    count = max(1, int(_in_nucleus(head, head.cumsum(dim=0), top_p).sum()))
     return head[:count], places[:count]
+
+
+def _in_nucleus(head: Tensor, mass: Tensor, top_p: float) -> Tensor:
+    """Bool [N] for probabilities [N], the likeliest first, and the mass up to and with each."""
+    return mass - head < top_p  # of everything likelier
+
+
+def _nucleus_by_bins(probabilities: Tensor, top_p: float) -> Tensor | None:
+    """The places of the nucleus in [N], the same set as sorting finds: only the tokens near the cut are sorted.
+
+    A bin holds the numbers that share a float's exponent and seven bits behind it. Sums in float64 are exact, so that
+    rounding to float32 afterwards is the same in any order. None where they are not: beyond the cut or so near to it
+    that rounding decides are numbers too small for that.
+    """
+    values = probabilities.numpy()
+    mass = np.bincount(values.view(np.int32) >> _BIN, weights=values)[::-1].cumsum()  # from the likeliest bin on
+    near = 4 * 2.0**-24  # rounding to float32, twice, moves a sum up to 1 by less
+    first, last = np.searchsorted(mass, (top_p - near, top_p + near))
+    if last == len(mass):
+        return None
+    lowest, beyond = (np.array([len(mass) - 1 - last, len(mass) - first], dtype=np.int32) << _BIN).view(np.float32)
+    if lowest < _EXACT:
+        return None
+    border = np.flatnonzero((values >= lowest) & (values < beyond))
+    border = border[np.argsort(-values[border], kind="stable")]
+    head = torch.from_numpy(values[border])
+    above = mass[first - 1] if first else 0.0
+    through = (above + head.double().cumsum(dim=0)).float()
+    kept = border[_in_nucleus(head, through, top_p).numpy()]
+    return torch.from_numpy(np.concatenate([np.flatnonzero(values >= beyond), kept]))
 
 
 def _is_number(value: object) -> bool:

@@ -79,7 +79,7 @@ class MtpDrafter:
         self.width = layer.width
         """Numbers in a state."""
         self._layer = layer
-        self._waiting: list[Tensor] = []  # states of the tokens from `_first` on; the first may have its row already
+        self._waiting = _States()  # of the tokens from `_first` on; the first may have its row already
         self._first = 0
         self.seen = 0
         """The token after the last one whose state was here."""
@@ -107,7 +107,8 @@ class MtpDrafter:
         else:  # the last token's row was made with a token that now changes, and its state is gone
             count -= 1
             self._drop_rows(count)
-            self._waiting, self._first, self.seen = [], count, count
+            self._waiting.clear()
+            self._first = self.seen = count
         return count
 
     def observe(self, token_ids: Sequence[int], states: Tensor | None) -> None:
@@ -117,7 +118,7 @@ class MtpDrafter:
         first = len(token_ids) - len(states)
         if first != self.seen:
             self.restart(first)
-        self._waiting.append(states)
+        self._waiting.add(states)
         self.seen = len(token_ids)
         if len(token_ids) - self.end > self._MOST_WAITING:
             self.settle(token_ids)
@@ -130,11 +131,11 @@ class MtpDrafter:
             with torch.inference_mode():
                 self._layer.remember(states[:-1], following, self.cache, self.start)
         if len(states):
-            self._waiting, self._first = [states[-1:].clone()], self.seen - 1
+            self._keep_last()
 
     def draft(self, token_ids: Sequence[int], next_id: int, count: int, choose: Choose) -> list[int]:
         """See `Drafter`."""
-        if count < 1 or not self._waiting or self.seen != len(token_ids):
+        if count < 1 or not self._waiting.count or self.seen != len(token_ids):
             return []
         self._drop_rows(len(token_ids) - 1)
         if len(token_ids) - self.end > MATVEC_TOKENS:
@@ -149,20 +150,23 @@ class MtpDrafter:
                 state = self._layer.step(state, guesses[-1:], self.cache, self.start)
                 guesses.append(choose(self._layer.logits(state)[0], ahead))
         self._drop_rows(len(token_ids))  # guesses' rows were made with the layer's own states: the model's replace them
-        self._waiting, self._first = [states[-1:].clone()], len(token_ids) - 1
+        self._keep_last()
         return guesses
 
     def last_state(self) -> Tensor:
         """After `settle`: of the token whose row is still to be made, [1, H]; [0, 0] where there is none."""
         states = self._without_rows()
-        return states[-1:] if len(states) else torch.empty(0, 0)
+        return states[-1:].clone() if len(states) else torch.empty(0, 0)
 
     def resume(self, start: int, rows: int, state: Tensor) -> None:
         """Go on from `rows` rows that were written into the empty cache, token `start`'s first, and a state as
         `last_state` gave it."""
         self.start = start
         self.cache.advance(rows)
-        self._waiting, self._first = [state] if len(state) else [], self.end
+        self._waiting.clear()
+        if len(state):
+            self._waiting.add(state)
+        self._first = self.end
         self.seen = self.end + len(state)
 
     def append(self, rows: Tensor) -> None:
@@ -170,19 +174,23 @@ class MtpDrafter:
         (layer,) = self.cache.layers
         self.cache.reserve(layer, len(rows))[self.cache.length :] = rows
         self.cache.advance(len(rows))
-        self._waiting, self._first, self.seen = [], self.end, self.end
+        self._waiting.clear()
+        self._first = self.seen = self.end
 
     def restart(self, token: int) -> None:
         """Forget everything, and attend to what comes from `token` on."""
         self.cache.truncate(0)
         self.start = self._first = self.seen = token
-        self._waiting = []
+        self._waiting.clear()
 
     def _without_rows(self) -> Tensor:
-        """The states that wait for their rows, [T, H]."""
-        if not self._waiting:
-            return torch.empty(0, 0)
-        return torch.cat(self._waiting)[self.end - self._first :]
+        """The states that wait for their rows, [T, H]: good until the next one comes."""
+        return self._waiting.since(self.end - self._first)
+
+    def _keep_last(self) -> None:
+        """All seen have their rows but the last."""
+        self._waiting.keep_last()
+        self._first = self.seen - 1
 
     def _drop_rows(self, end: int) -> None:
         """Only tokens before `end` keep theirs."""
@@ -190,12 +198,44 @@ class MtpDrafter:
 
     def _drop_states(self, end: int) -> None:
         """Only tokens before `end`, of which one waits, keep theirs."""
-        while self.seen > end:
-            last = self._waiting.pop()
-            self.seen -= len(last)
-            if self.seen < end:
-                self._waiting.append(last[: end - self.seen])
-                self.seen = end
+        if end < self.seen:
+            self._waiting.count = end - self._first
+            self.seen = end
+
+
+class _States:
+    """States in a row, float32 [T, H], in memory of their own. Kept as the tensors that they come in, they would be in
+    the way of the next passes', which then take new memory each time."""
+
+    def __init__(self) -> None:
+        self._rows = torch.empty(0, 0)
+        self._array = self._rows.numpy()  # the same memory: torch takes longer to find a row than to copy it
+        self.count = 0
+
+    def add(self, states: Tensor) -> None:
+        """Copy them behind the others."""
+        end = self.count + len(states)
+        if end > len(self._array):
+            rows = torch.empty(max(end, 2 * len(self._array), 64), states.shape[1])
+            array = rows.numpy()
+            if self.count:
+                array[: self.count] = self._array[: self.count]
+            self._rows, self._array = rows, array
+        self._array[self.count : end] = states.numpy()
+        self.count = end
+
+    def since(self, start: int) -> Tensor:
+        """Those from `start` on, not copied."""
+        return self._rows[start : self.count]
+
+    def keep_last(self) -> None:
+        """Forget all but the last."""
+        self._array[0] = self._array[self.count - 1]
+        self.count = 1
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.count = 0
 
 
 class LookupDrafter:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from localmoe.errors import DeviceError, UsageError
+from localmoe.explain import PartTimer, explain_engine
 from localmoe.load import Engine, load
 from localmoe.offload.device import CardMemory, choose_card
 from localmoe.offload.plan import CUDA_CONTEXT, STAGING, card_workspace
@@ -68,6 +69,37 @@ def test_one_generation_at_a_time_and_nothing_is_learned(on_card: Callable[..., 
         next(engine.generate([7], max_tokens=1, reuse_prefix=True))
     assert not (tmp_path / "heat").exists()
     assert engine.expert_uses() is None  # nothing of it holds what was on the card
+
+
+def test_a_tokens_time_is_split_up_beside_a_conversation(
+    on_card: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversation goes on as if nobody had looked, and its answer's time is all in the parts."""
+    monkeypatch.setattr("localmoe.engine._SPLIT_TOKENS", 1)  # a row takes seconds on the interpreter
+
+    with on_card(64 * MIB, deterministic=True, kernels="reference") as engine:
+        timer, ids = PartTimer(engine.kernels.profile, engine.expert_hits, engine.hit_rates), [5]
+        for step in engine.generate([5], max_tokens=2, reuse_prefix=True):
+            timer.first_token()
+            ids.append(step.token_id)
+        assert step.stats is not None
+        sample = timer.sample(1, step.stats.decode_seconds, step.stats.sampling_seconds, 2, False)
+        uses = engine.expert_uses()
+        assert sample is not None
+        assert uses is not None
+        found = explain_engine(engine, sample, Path("nowhere"), {})
+        parts = found.milliseconds_per_token
+        assert {"attention", "router", "shared expert", "experts on GPU", "dense", "head", "copies"} < set(parts)
+        assert "card" not in parts
+        assert sum(parts.values()) == pytest.approx(1e3 * step.stats.decode_seconds)
+        assert found.bytes_per_token["attention"] > 0
+        assert torch.equal(uses, engine.expert_uses())
+        (last,) = engine.generate([*ids, 6], max_tokens=1, reuse_prefix=True)
+    with load("demo:source", device="cpu", kernels="reference") as reference:
+        (wanted,) = reference.generate([*ids, 6], max_tokens=1)
+    assert last.token_id == wanted.token_id
+    assert last.stats is not None
+    assert last.stats.reused_tokens == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")

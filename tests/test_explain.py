@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from localmoe.card_parts import bytes_by_card_part, split_up
 from localmoe.cli.app import app
+from localmoe.cli.speed import text
 from localmoe.explain import Limit, PartTimer, Sample, bytes_by_part, explain, explain_card
 from localmoe.kernels.profile import Profile
+from localmoe.model.card.model import Split
 from localmoe.model.config import ModelConfig
 from localmoe.model.sizes import Storage, model_sizes
 from localmoe.offload.machine import Machine, assumed_cpu, assumed_disk, assumed_gpu
@@ -113,12 +116,58 @@ def test_what_would_help_a_card_is_reckoned_as_plan_does() -> None:
     vram = placement.nbytes("gpu")
     assert more.gain == pytest.approx(predicted(vram + (2 << 30)) / predicted(vram) - 1)
     assert more.tokens_per_second == pytest.approx(10 * (1 + more.gain))
-    assert (small.limit_share, small.bytes_per_token) == (None, {})
+    assert (small.limit_share, small.bytes_per_token) == (None, {})  # one part, of which nothing more is known
     large, _ = explained(40 << 30)  # it holds everything: neither more of it nor faster CPU memory helps
     assert large.changes == []
     assert large.hit_rate_by_layer == pytest.approx([1.0] * 26)
     measured = explain_card(replace(timed, hit_rates=[0.5] * 26), model, machine, placement, None)
     assert measured.hit_rate_by_layer == [0.5] * 26
+
+
+def test_a_cards_time_is_split_as_its_marks_say() -> None:
+    split = Split({"attention": 0.002, "experts on GPU": 0.001, "waiting": 0.001}, {"experts on CPU": 0.003})
+    parts = {"card": 0.8, "sampling": 0.1, "head": 0.05, "attention": 0.02, "experts": 0.03}
+    found = split_up(parts, split)
+    assert found == pytest.approx(
+        {"attention": 0.4, "experts on GPU": 0.2, "waiting": 0.2, "sampling": 0.1, "head": 0.05, "layers on CPU": 0.05}
+    )
+    assert split_up(parts, None) == parts  # no room for one token more
+    assert split_up({"head": 1.0}, split) == {"head": 1.0}
+
+
+@pytest.mark.parametrize("vram", [5 << 30, 2 << 30, 40 << 30])
+def test_a_cards_bytes_are_those_a_token_reads_wherever_they_are(vram: int) -> None:
+    model = subject()
+    placement = place(model, Budgets(vram=vram, context=4096))
+    rates = [home.gpu_hits for home in placement.layers[1:]]
+    read = bytes_by_card_part(model, placement, rates, HELD)
+    copies = read.pop("copies")
+    assert sum(read.values()) == pytest.approx(sum(bytes_by_part(model, HELD).values()), abs=2)  # two are rounded
+    used = 26 * model.config.num_experts_per_tok * model.sizes.expert
+    if placement.cpu_layers:
+        assert read["layers on CPU"] > placement.cpu_layers * used / 26
+    else:
+        assert read["experts on GPU"] == pytest.approx(sum(rates) / 26 * used)
+    if vram == 40 << 30:
+        assert "experts on CPU" not in read
+        assert copies == 4 * (2048 + model.config.vocab_size)  # an embedding there, the logits back
+
+
+def test_the_cards_parts_have_bytes_and_what_ran_beside_them() -> None:
+    model = subject()
+    placement = place(model, Budgets(vram=5 << 30, context=4096))
+    machine = Machine(assumed_cpu(8), assumed_disk(), assumed_gpu())
+    parts = {"attention": 0.3, "waiting": 0.2, "copies": 0.1}
+    timed = Sample(10, 1.0, parts, HELD, beside={"experts on CPU": 0.04})
+    found = explain_card(timed, model, machine, placement, None)
+    assert found.milliseconds_per_token == pytest.approx({"attention": 30, "waiting": 20, "copies": 10, "other": 40})
+    assert found.beside_milliseconds_per_token == {"experts on CPU": 40}
+    assert set(found.bytes_per_token) == {"attention", "copies", "experts on CPU"}
+    shown = text(found)
+    assert "beside them: experts on CPU 40.000 ms" in shown
+    assert "GB/s" in shown
+    guessed = explain_card(replace(timed, several=True), model, machine, placement, None)
+    assert guessed.bytes_per_token == {}
 
 
 def test_guesses_and_the_reference_leave_bytes_out() -> None:

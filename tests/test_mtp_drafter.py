@@ -15,7 +15,7 @@ from localmoe.model.kv_cache import LatentCache
 from localmoe.session import CachedTokens
 from localmoe.session_file import restore, write
 from localmoe.sessions import Facts
-from localmoe.speculative import MtpDrafter
+from localmoe.speculative import MtpDrafter, _States
 
 VOCABULARY = 50
 HASH = "ab" * 32
@@ -164,3 +164,20 @@ def test_a_pause_is_caught_up_with_in_one_pass() -> None:
     assert check(cached) == 0
     assert cached.draft(7, 1, lambda logits, ahead: dice.randrange(VOCABULARY), turn)
     assert check(cached) == 103
+
+
+def test_states_are_copies_in_one_piece_of_memory() -> None:
+    """Whoever computes them may use their memory again at once."""
+    states, kept = _States(), torch.arange(300.0)[:, None].repeat(1, 8)
+    for start in range(0, 300, 50):
+        block = kept[start : start + 50].clone()
+        states.add(block)
+        block.zero_()
+    assert torch.equal(states.since(0), kept)
+    assert torch.equal(states.since(298), kept[298:])
+    states.keep_last()
+    states.add(kept[:2])
+    assert torch.equal(states.since(0), kept[[299, 0, 1]])
+    states.clear()
+    states.add(kept[7:8])
+    assert torch.equal(states.since(0), kept[7:8])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -78,6 +79,60 @@ def test_top_p_over_a_large_vocabulary_equals_a_full_sort(top_p: float) -> None:
     assert set(order[: count - 1].tolist()) <= set(token_ids.tolist()) <= set(order[: count + 1].tolist())
     assert (count > 1024) == (top_p >= 0.9)
     assert float(probabilities.sum()) == pytest.approx(1, rel=1e-5)
+
+
+def sorted_nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-p as it is defined: everything sorted."""
+    head, places = probabilities.sort(descending=True, stable=True)
+    before = head.cumsum(dim=0) - head
+    count = max(1, int((before < top_p).sum()))
+    return head[:count], places[:count]
+
+
+def many_logits() -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+    random = torch.Generator().manual_seed(11)
+    for number in range(60):
+        size = (50, 3_000, 40_000)[number % 3]
+        spread = (0.0, 0.01, 0.3, 1.0, 2.0, 4.0)[number % 6]
+        logits = spread * torch.randn(size, generator=random)
+        if number % 4 == 1:  # many equal ones, also at the cut
+            logits = (8 * logits).round() / 8
+        if number % 5 == 2:
+            logits[:3] += 6 * torch.rand(3, generator=random) + 4
+        for top_p in (0.3, 0.9, 0.95, 0.999, 0.9999999):
+            yield logits, {"top_p": top_p, "temperature": (0.7, 1.0, 1.5)[number % 3]}
+        yield logits, {"top_p": 0.9, "temperature": 1.0, "min_p": 0.2}
+        yield logits, {"top_p": 0.9, "temperature": 1.0, "top_k": 2_000}
+
+
+def test_draws_are_those_of_a_full_sort_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens with the same probabilities, and so the same draws; no tolerance. Of equal ones on both sides of
+    the cut, the likeliest 1,024 alone may hold others."""
+    compared = 0
+    for logits, settings in many_logits():
+        params = SamplingParams(**settings)
+        found = dict(zip(*(each.tolist() for each in distribution(logits, params)), strict=True))
+        drawn = [sample(logits, params, seed=5, position=position) for position in range(4)]
+        with monkeypatch.context() as plain:
+            plain.setattr("localmoe.sampling._nucleus", sorted_nucleus)
+            wanted = dict(zip(*(each.tolist() for each in distribution(logits, params)), strict=True))
+            drawn_so = [sample(logits, params, seed=5, position=position) for position in range(4)]
+        cut = logits[list(wanted)].min()
+        tied = any(token not in wanted for token in (logits == cut).nonzero()[:, 0].tolist())
+        if len(found) > 1024 or not tied:
+            compared += 1
+            assert found == wanted, settings
+            assert drawn == drawn_so, settings
+    assert compared > 300
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 2.0])
+def test_a_flat_vocabulary_is_not_sorted(monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    """Only the tokens near the cut are. Where all are equal the bin with the cut is everything: numpy sorts it."""
+    logits = spread * torch.randn(129_280, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    token_ids, _ = distribution(logits, SamplingParams(temperature=1.0, top_p=0.95))
+    assert len(token_ids) > 10_000
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_else_is_set() -> None:

@@ -15,6 +15,8 @@ from localmoe.cli.plan import foreseen
 from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from localmoe.benchmark import Benchmark
     from localmoe.engine import Engine
 
@@ -22,6 +24,7 @@ _KEYS = (
     "model", "kernels", "threads", "prompt_tokens", "completion_tokens", "context", "open_seconds",
     "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "read_bandwidth_bytes_per_second",
     "bytes_per_token", "disk_bytes_per_token", "bandwidth_fraction", "peak_rss_bytes", "rss_anon_bytes", "breakdown",
+    "beside {part: ms} (what runs at the same time as a card's parts)",
     "hit_rate_by_layer (null: no card)",
     "predicted {prefill_tokens_per_second, decode_tokens_per_second}: what plan reckons from doctor's figures",
     "with --explain-speed also " + speed.KEYS, "with --plot also " + plot.KEYS,
@@ -130,8 +133,14 @@ def _lines(name: str, result: Benchmark, first: float, then: float) -> str:
             f"          {result.disk_bytes_per_token / 1e9:.2f} GB a token from the disk, at "
             f"{result.disk_bytes_per_token / mean / 1e9:.2f} GB/s; {1 / mean:.2f} tokens/s on average"
         )
-    lines.append("a token   " + ", ".join(f"{part} {ms:.2f}" for part, ms in result.breakdown.items()) + " ms")
+    lines.append(f"a token   {_by_part(result.breakdown)} ms")
+    if result.beside:
+        lines.append(f"          beside them {_by_part(result.beside)} ms")
     memory = f"memory    {result.peak_rss_bytes / 2**30:.2f} GiB at most, mapped weights included"
     if result.rss_anon_bytes is not None:
         memory += f"; {result.rss_anon_bytes / 2**20:.0f} MiB of it is not the weights' files"
     return "\n".join([*lines, memory]) + "\n"
+
+
+def _by_part(milliseconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {ms:.2f}" for part, ms in milliseconds.items())

@@ -47,7 +47,7 @@ def statistics(
     ]
     if kept.name is not None:
         lines.append(f"session   {kept.name}")
-    used = kept.tokens if last is None else last.prompt_tokens + last.completion_tokens
+    used = conversation.used or 0
     share = f" ({used / engine.max_context:.0%})" if used else ""
     lines.append(f"context   {used} of {engine.max_context} tokens{share}")
     if engine.cache_bytes:

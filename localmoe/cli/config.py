@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from localmoe.cli.config_file import ALIAS, MODEL, TABLES, Key
 from localmoe.cli.files import open_in_editor, write_whole
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.toml_edit import Value, literal, with_setting, without_setting
-from localmoe.cli.values import suggestion
+from localmoe.cli.values import near_miss, suggestion
 from localmoe.errors import StorageError, UsageError
 
 _HELP = """\
@@ -28,6 +29,7 @@ command that has the option) and [run], [chat], [bench], [eval], [plan], [doctor
 first of: a flag, a prompt template, the command's table, [options] or [sampling], and then for sampling the model's
 makers, its generation_config.json, greedy. What is not known, or of the wrong type, is refused by name.
 """
+_NEGATIVE = re.compile(r"-\.?\d")
 app = typer.Typer(
     cls=Group,
     help=_HELP,
@@ -87,7 +89,17 @@ def get(
         raise _not_set(name)
 
 
-@app.command("set", cls=Command)
+class _TakesNumbers(Command):
+    """A negative number among its words is a value, not an option. It has no options that take a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        before = args[: args.index("--")] if "--" in args else args
+        given = [word for word in before if word.startswith("-") and not _NEGATIVE.match(word)]
+        words = [word for word in before if word not in given] + args[len(before) + 1 :]
+        return super().parse_args(ctx, [*given, "--", *words])
+
+
+@app.command("set", cls=_TakesNumbers)
 def set_value(
     name: Name,
     value: Annotated[list[str], typer.Argument(metavar="VALUE", show_default=False, help="A list takes several.")],
@@ -123,7 +135,8 @@ def unset(
     if as_json:
         streams.write_json({"key": name, "path": str(path)})
     if not is_set:
-        raise _not_set(name)
+        known = (table is None and key == "model") or key in TABLES.get(table or "", ())
+        raise _not_set(name, "" if known or table == "alias" else _meant(table, key))
 
 
 @app.command("path", cls=Command)
@@ -155,8 +168,8 @@ _FIRST = """\
 """
 
 
-def _not_set(name: str) -> typer.Exit:
-    streams.tell(f"localmoe: {printable_line(name)} is not set in {config_file.path()}")
+def _not_set(name: str, meant: str = "") -> typer.Exit:
+    streams.tell(f"localmoe: {printable_line(name)} is not set in {config_file.path()}{meant}")
     return typer.Exit(1)
 
 
@@ -179,14 +192,31 @@ def _key(table: str | None, key: str) -> Key:
         return ALIAS
     if table is not None and table in TABLES:
         return config_file.known_key(table, key, "config")
+    if table is None and key in TABLES:
+        raise UsageError(f"config: {key} is a table; its settings are {', '.join(_of_table(key))}")
     name = key if table is None else f"{table}.{key}"
-    homes = [f"{table}.{key}" for table in TABLES if key in TABLES[table]]
-    if homes:
-        raise UsageError(f"config: no setting {name!r}; did you mean {' or '.join(homes)}?")
-    known = [each for each, _ in _known()]
-    raise UsageError(
-        f"config: no setting {name!r}" + suggestion(name, known, "; localmoe config list --all shows them")
-    )
+    raise UsageError(f"config: no setting {name!r}{_meant(table, key) or '; localmoe config list --all shows them'}")
+
+
+def _of_table(table: str) -> list[str]:
+    return [f"{table}.{name}" for name in TABLES[table]]
+
+
+def _meant(table: str | None, key: str) -> str:
+    """`; did you mean NAME?` for a name that no setting has; empty where nothing is near."""
+    near = None if table is None else near_miss(table, TABLES)
+    named = config_file.homes(key)
+    if near is not None:  # run.seed for RUN.seed
+        named = [each for each in named if each.startswith(f"{near}.")] or named
+    if not named and table is None:
+        known = {
+            spelling for keys in TABLES.values() for name, each in keys.items() for spelling in (name, each.parameter)
+        }
+        word = near_miss(key.replace("-", "_"), {"model", *known})
+        named = [] if word is None else ["model"] if word == "model" else config_file.homes(word)
+    if not named:
+        return suggestion(key if table is None else f"{table}.{key}", [each for each, _ in _known()], " ").rstrip()
+    return f"; did you mean {config_file.in_words(named)}?"
 
 
 def _known() -> Iterator[tuple[str, Key]]:

@@ -17,7 +17,7 @@ import contextlib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +36,7 @@ from localmoe.errors import UsageError
 
 Kind = Literal["text", "texts", "flag", "whole", "number", "size", "mtp", "choice"]
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_ALSO = {"n": "max_tokens", "p": "prompt", "context": "ctx"}  # what else settings are called
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -200,24 +201,42 @@ def known_key(table: str, name: str, where: str) -> Key:
     """Raises UsageError for what the table does not have."""
     keys = TABLES[table]
     if name not in keys:
-        raise UsageError(f"{where}: [{table}] has no setting {name!r}{suggestion(name, list(keys))}")
+        meant = _spelt(keys, name) or in_words(homes(name))
+        said = f"; did you mean {meant}?" if meant else suggestion(name, list(keys))
+        raise UsageError(f"{where}: [{table}] has no setting {name!r}{said}")
     return keys[name]
+
+
+def homes(word: str) -> list[str]:
+    """The settings that go by this name, `sampling.temperature` say, in any spelling: an option's own name too."""
+    return [f"{table}.{name}" for table, keys in TABLES.items() if (name := _spelt(keys, word)) is not None]
+
+
+def in_words(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def _spelt(keys: Mapping[str, Key], word: str) -> str | None:
+    """The setting of a table that `word` is another spelling of: with dashes, in capitals, as the option."""
+    plain = word.lower().lstrip("-").replace("-", "_").removeprefix("no_")
+    plain = plain if plain in keys else _ALSO.get(plain, plain)
+    return next((name for name, key in keys.items() if plain in (name, key.parameter)), None)
 
 
 def _instead(name: str) -> str:
     """Where a setting that stands at the wrong place belongs, or what was probably meant."""
-    for table in ("sampling", "options", *COMMANDS):
-        if name in TABLES[table]:
-            return f" at the top of the file; it belongs under [{table}]"
+    for table, keys in TABLES.items():
+        if (meant := _spelt(keys, name)) is not None:
+            as_named = "" if meant == name else f", as {meant}"
+            return f" at the top of the file; it belongs under [{table}]{as_named}"
     return suggestion(name, ["model", "alias", *TABLES])
 
 
 def scalar(key: Key, word: str) -> Any:
     """What was typed as the setting's own type, where it can be read so; `check_value` refuses the rest."""
     if key.kind == "flag":
-        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
-            word.lower(), word
-        )
+        return _FLAGS.get(word.lower(), word)
     if key.kind in ("whole", "number", "mtp"):
         for convert in (int, float):
             with contextlib.suppress(ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer, without the thinking: templates drop it from earlier turns."""
+    """A question and its answer, without the thinking: templates drop it from earlier turns.
+
+    `used` is how many tokens of the context were in use after it; None where nobody has counted."""
 
     question: str
     answer: str
+    used: int | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -50,9 +53,21 @@ class Conversation:
         pairs = zip(rest[::2], rest[1::2], strict=True)
         return cls(system, [Turn(question["content"], answer["content"]) for question, answer in pairs])
 
-    def add(self, question: str, answer: str) -> None:
+    @property
+    def used(self) -> int | None:
+        """Tokens of the context in use; None where nobody has counted since something changed."""
+        return self.turns[-1].used if self.turns else 0
+
+    def count(self, used: int | None) -> None:
+        """So many tokens are in use now. None: what was counted before the last turn no longer holds either."""
+        if used is None:
+            self.turns[:] = [replace(turn, used=None) for turn in self.turns]
+        elif self.turns:
+            self.turns[-1] = replace(self.turns[-1], used=used)
+
+    def add(self, turn: Turn) -> None:
         """Remember a turn."""
-        self.turns.append(Turn(question, answer))
+        self.turns.append(turn)
 
     def take_back(self) -> Turn | None:
         """Forget the last turn and return it."""
@@ -61,6 +76,7 @@ class Conversation:
     def drop_oldest(self, count: int) -> None:
         """Forget the first `count` turns; the system prompt stays."""
         del self.turns[:count]
+        self.count(None)
 
     def reset(self) -> None:
         """Forget every turn; the system prompt stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,7 @@ def _told(advance: Advance) -> Callable[[Progress], None]:
             share = f"{step.quantized_bytes / step.quantize_bytes:.0%} quantized" if step.quantize_bytes else step.item
             advance(step.pulled_bytes, step.pull_bytes, share)
         elif step.quantize_bytes:
-            advance(step.quantized_bytes, step.quantize_bytes, f"quantize {step.item}")
+            advance(step.quantized_bytes, step.quantize_bytes, step.item, "quantize")
 
     return report
 
@@ -139,7 +140,7 @@ def _text(wanted: _Wanted) -> str:
     survey, placement, speed = wanted.survey, wanted.plan.placement, wanted.plan.decode
     there = survey.size_bytes - survey.missing_bytes
     begun = f", {units.size(there)} of it is here already" if survey.begun else ""
-    where = f"the CPU, {wanted.speeds.cpu.threads} threads"
+    where = f"the CPU, {units.counted(wanted.speeds.cpu.threads, 'thread')}"
     if wanted.speeds.gpu is not None:
         where = f"{wanted.speeds.gpu.name} beside {where}"
     origin = wanted.speeds.cpu.read.origin
@@ -147,16 +148,31 @@ def _text(wanted: _Wanted) -> str:
     rows = [("download", f"{units.size(survey.size_bytes)} from {survey.repo} to {survey.directory}{begun}")]
     if wanted.recipe is not None:
         output = store.artifact_dir(wanted.name, wanted.recipe)
-        rows.append(("quantize", f"to {units.size(wanted.quantized_bytes)} ({wanted.recipe}) in {output}"))
+        made = f", {units.size(wanted.made_bytes)} of it is made already" if wanted.made_bytes else ""
+        rows.append(("quantize", f"to {units.size(wanted.quantized_bytes)} ({wanted.recipe}) in {output}{made}"))
     disks = [f"{units.size(needed)} of {units.size(free)} free" for _, needed, free in wanted.disks() if needed]
     rows += [
         ("disk", ", ".join(disks)),
         ("runs on", f"{where}, with a context of {placement.context:,} tokens"),
-        ("memory", units.size(placement.nbytes("ram")) + _on_disk(placement.nbytes("disk"))),
-        ("speed", f"about {speed.tokens_per_second:.3g} tokens/s, bound by {speed.bound} ({by})"),
+        ("memory", units.size(placement.nbytes("ram")) + _on_disk(placement.experts_on_disk)),
+        ("speed", f"about {units.rate(speed.tokens_per_second)}, bound by {speed.bound} ({by})"),
     ]
     lines = [f"{wanted.name} is not on this machine yet", *(f"  {name:<9} {what}" for name, what in rows if what)]
-    return "\n".join(map(printable_line, lines))
+    return "\n".join(_in_words(printable_line(line)) for line in lines)
+
+
+def _in_words(line: str) -> str:
+    """A line of the plan for a terminal of any width: broken between words, and what follows stands under the text.
+    Paths stay whole, to be copied."""
+    if not streams.is_terminal(sys.stderr):
+        return line
+    return textwrap.fill(
+        line,
+        streams.columns(sys.stderr),
+        subsequent_indent=" " * (12 if line.startswith(" ") else 0),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _on_disk(nbytes: int) -> str:

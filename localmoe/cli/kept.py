@@ -87,6 +87,7 @@ class Kept:
             found = Conversation.of(self._facts.messages)
         except ValueError as error:
             raise sessions.damaged(self.name or "") from error
+        found.count(self._facts.tokens)
         return found if system is None else replace(found, system=system)
 
     def flags(self, given: Mapping[str, float]) -> dict[str, float]:

@@ -36,7 +36,7 @@ def find(model: str, machine: Machine, *, yes: bool = False) -> Resolved:
         from localmoe.cli.first_run import bring
 
         bring(model, machine, error, yes=yes)
-        return locate(model)
+        return locate(model, announced=True)
 
 
 def open_found(resolved: Resolved, machine: Machine) -> Engine:
@@ -102,9 +102,10 @@ def load_engine(path: Path, machine: Machine, counts: ExpertCounts | None = None
     )
 
 
-def locate(model: str) -> Resolved:
+def locate(model: str, *, announced: bool = False) -> Resolved:
     """The model on this machine. A name that is here only as a source is quantized first, with the recipe its
-    ending names (`balanced` without one); `:source`, a directory and what is int4 already stay as they are."""
+    ending names (`balanced` without one); `:source`, a directory and what is int4 already stay as they are.
+    `announced`: the user knows that it will be quantized."""
     ref = store.parse_ref(model)
     recipe = ref.ending or "balanced"
     if ref.directory is not None or recipe == "source":
@@ -119,7 +120,7 @@ def locate(model: str) -> Resolved:
         if resolved.kind == "artifact" or _is_packed(resolved.path):
             return resolved
         source = resolved.path
-    _quantize_first(ref.name, recipe, source)
+    _quantize_first(ref.name, recipe, source, announced)
     return store.resolve(model)
 
 
@@ -139,13 +140,15 @@ def _is_packed(path: Path) -> bool:
     return isinstance(config, dict) and config.get("quant_method") == "compressed-tensors"
 
 
-def _quantize_first(name: str, recipe: str, source: Path) -> None:
+def _quantize_first(name: str, recipe: str, source: Path, announced: bool) -> None:
     from localmoe.cli.quantize import make_artifact, packed_by_others
 
     if packed_by_others(source):
         recipe = "converted"
     output = store.artifact_dir(name, recipe)
-    if store.unfinished_bytes(output):
+    if announced:
+        pass
+    elif store.unfinished_bytes(output):
         streams.tell(f"{name}:{recipe} is quantized in part: finishing it")
     else:
         streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")

@@ -299,19 +299,16 @@ def _cache(subject: Subject) -> str:
 
 
 def _speed(speed: Speed, when: str) -> str:
-    return f"{_rate(speed.tokens_per_second)} {when}; {speed.bound_share:.0%} of the time is {speed.bound}"
-
-
-def _rate(tokens_per_second: float) -> str:
-    digits = f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
-    return f"{digits} tokens/s"
+    return f"{units.rate(speed.tokens_per_second)} {when}; {speed.bound_share:.0%} of the time is {speed.bound}"
 
 
 def _of_the_card(result: Plan) -> list[tuple[str, str]]:
     lines = []
     if result.without_cpu_layers is not None:
         layers = result.placement.cpu_layers
-        lines.append(("", f"{layers} layers are on the CPU; with all on the card {_rate(result.without_cpu_layers)}"))
+        lines.append(
+            ("", f"{layers} layers are on the CPU; with all on the card {units.rate(result.without_cpu_layers)}")
+        )
     if result.stream_from is not None:
         lines.append(("", f"from {result.stream_from:,} tokens on, experts are carried to the card"))
     return lines
@@ -321,10 +318,10 @@ def _gains(budgets: Budgets, result: Plan) -> list[str]:
     """What more memory buys, in decode with an empty cache."""
     now = result.decode.tokens_per_second
     lines = [
-        f"{each.change}: {_rate(each.decode_tokens_per_second)} ({each.decode_tokens_per_second / now - 1:+.0%})"
+        f"{each.change}: {units.rate(each.decode_tokens_per_second)} ({each.decode_tokens_per_second / now - 1:+.0%})"
         for each in result.advice
     ]
-    if budgets.ram is not None and not result.placement.nbytes("disk"):
+    if budgets.ram is not None and not result.placement.experts_on_disk:
         lines.append("1 GiB more of CPU memory: no faster, since all that a token reads is in memory already")
     return lines
 

@@ -258,8 +258,8 @@ def _discarding(
 
 def _told(advance: Advance) -> OnProgress:
     def report(progress: Progress) -> None:
-        said = {"quantize": "", "measure": "measure ", "hash": "check "}[progress.stage]
-        advance(progress.done_bytes, progress.total_bytes, said + progress.item)
+        title = "check" if progress.stage == "hash" else progress.stage
+        advance(progress.done_bytes, progress.total_bytes, progress.item, title)
 
     return report
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -19,21 +19,39 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Column, Table
 from rich.text import Text
 
-from localmoe.cli import streams
+from localmoe.cli import streams, units
 from localmoe.cli.sanitize import printable_line
 
-Advance = Callable[[int, int, str], None]
-"""Told how much is done, how much there is in total, and the name of what is being worked on."""
+
+class Advance(Protocol):
+    """Told how much is done, how much there is in total, the name of what is being worked on and, where a bar has
+    several stages, the title of the one that it is in."""
+
+    def __call__(self, done: int, total: int, item: str, title: str = "") -> None: ...
+
+
+class _RateColumn(ProgressColumn):
+    """Bytes a second, in the units of the amounts beside them."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed or (task.elapsed or 0.0) < 1:  # at first it is that of what was here already
+            return Text("")
+        return Text(f"{units.size(int(speed))}/s", style="progress.data.speed")
+
 
 _PIPE_WIDTH = 10_000  # nothing is cut or wrapped for a program that reads the table
 _SHORTEST_ITEM = 12
+_FIXED = len("quantize  123.4/567.8 GiB 1:23:45")  # what stands beside the bar ...
+_FIXED_WIDE = _FIXED + len(" 1.23 GiB/s ")  # ... and the item
+_WIDE = 60  # columns; in fewer there are no rate and no item
 _LONGEST_CODE = 400  # lines of a block that are coloured; each is coloured in the light of all before it
 _LONGEST_LINE = 500
 
@@ -43,31 +61,40 @@ def progress_bar(title: str, *, counts: Literal["bytes", "tokens", "lines"] = "b
     """What is done and the time left, for bytes the rate too, on standard error while the block runs; nothing when
     that is not a terminal."""
     if not streams.is_terminal(sys.stderr):
-        yield lambda done, total, item: None
+        yield lambda done, total, item, title="": None
         return
     console = Console(file=sys.stderr, highlight=False)
     console.width -= 4  # for the ^C that a terminal adds; in a full line it would begin another, which stays there
     one_line = Column(no_wrap=True)
-    amount: list[ProgressColumn] = [MofNCompleteColumn(table_column=one_line)]
-    if counts == "bytes":
-        amount = [DownloadColumn(binary_units=True, table_column=one_line), TransferSpeedColumn(one_line)]
-    bar_width = max(4, min(24, console.width - 66))
-    item_width = console.width - bar_width - 52
-    bar = Progress(
-        TextColumn(printable_line(title), markup=False, table_column=one_line),
+    wide = console.width >= _WIDE
+    rest = console.width - (_FIXED_WIDE + _SHORTEST_ITEM + 2 if wide else _FIXED)
+    bar_width = max(3, min(24, rest))
+    item_width = console.width - bar_width - _FIXED_WIDE
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=one_line),
         BarColumn(bar_width, table_column=Column(min_width=bar_width, no_wrap=True)),
-        *amount,
-        TimeRemainingColumn(table_column=one_line),
-        TextColumn("{task.fields[item]}", markup=False, table_column=one_line),
+    ]
+    if counts == "bytes":
+        columns.append(DownloadColumn(binary_units=True, table_column=one_line))
+        if wide:
+            columns.append(_RateColumn(Column(min_width=len("1.23 GiB/s"), no_wrap=True, justify="right")))
+    else:
+        columns.append(MofNCompleteColumn(table_column=one_line))
+    columns.append(TimeRemainingColumn(table_column=one_line))
+    if wide:
+        columns.append(TextColumn("{task.fields[item]}", markup=False, table_column=one_line))
+    bar = Progress(
+        *columns,
         console=console,
         transient=True,
         redirect_stdout=False,  # which may be a pipe, and no business of the bar's
     )
     with bar:
-        task = bar.add_task("", total=None, item="")
+        task = bar.add_task(printable_line(title), total=None, item="")
 
-        def advance(done: int, total: int, item: str) -> None:
-            bar.update(task, completed=done, total=total or None, item=_tail(printable_line(item), item_width))
+        def advance(done: int, total: int, item: str, title: str = title) -> None:
+            shown = _tail(printable_line(item), item_width)
+            bar.update(task, description=printable_line(title), completed=done, total=total or None, item=shown)
 
         yield advance
 

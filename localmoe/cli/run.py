@@ -11,6 +11,7 @@ import typer
 
 from localmoe.cli import asking, batch, model_argument, options, prompt, settings, speed, streams, units
 from localmoe.cli.answer import Answer, collect, guesses, unmet
+from localmoe.cli.conversation import Turn
 from localmoe.cli.failure import INTERRUPTED, Failure, describe
 from localmoe.cli.kept import Kept, turns_to_drop
 from localmoe.cli.option_groups import AnswerOptions, EngineOptions, grouped
@@ -297,7 +298,7 @@ class _Turn:
         for again, so it is no turn."""
         if answer.finish_reason == "interrupted" or not answer.text:
             return None
-        self._conversation.add(self._question, answer.text)
+        self._conversation.add(Turn(self._question, answer.text))
         seed = None if request.seed is None else (request.seed + 1) % (1 << 63)
         try:
             self._kept.save(engine, name, self._conversation, replace(request, seed=seed))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 KEYS = (
     "speed {tokens, tokens_per_second, milliseconds_per_token {part: ms}, bytes_per_token {part: bytes}, "
     "limit_bytes_per_second, limit, limit_share, hit_rate_by_layer (null: no card), changes [{change, "
-    "tokens_per_second, gain}]} or null"
+    "tokens_per_second, gain}], beside_milliseconds_per_token {part: ms} (at the same time as a card's parts)} or null"
 )
 _NAMES = {
     "experts": "experts, shared one too",
@@ -54,7 +54,8 @@ def of_benchmark(engine: Engine, result: Benchmark) -> Explanation:
     parts.pop("overhead", None)
     parts.pop(OTHER, None)
     held = result.context + result.completion_tokens // 2
-    return _explained(engine, Sample(1, total, parts, held, hit_rates=result.hit_rate_by_layer))
+    beside = {part: ms / 1e3 for part, ms in result.beside.items()}
+    return _explained(engine, Sample(1, total, parts, held, hit_rates=result.hit_rate_by_layer, beside=beside))
 
 
 def as_json(explanation: Explanation | None) -> dict[str, Any] | None:
@@ -91,6 +92,10 @@ def text(found: Explanation) -> str:
             ("left", "right", "right", "right", "right"),
         )
     ]
+    for part, ms in found.beside_milliseconds_per_token.items():
+        read = found.bytes_per_token.get(part, 0) if part not in found.milliseconds_per_token else 0
+        rate = f", {read / 1e6:,.1f} MB at {_rate(read / ms * 1e3)}" if read and ms else ""
+        lines.append(f"beside them: {part} {ms:.3f} ms{rate}")
     if found.limit_share is not None and found.limit_bytes_per_second is not None:
         lines.append(f"{found.limit_share:.0%} of what {found.limit} gives, {_rate(found.limit_bytes_per_second)}")
     elif not found.bytes_per_token and not found.hit_rate_by_layer:

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 _BETWEEN = " · "
 
 
-def status(engine: Engine, name: str, last: Answer | None, held: int = 0) -> str:
-    """What fits the terminal's width: what matters least goes first. `held` tokens are there before the `last` answer,
-    where a session goes on."""
-    used = held if last is None else last.prompt_tokens + last.completion_tokens
+def status(engine: Engine, name: str, last: Answer | None, used: int) -> str:
+    """What fits the terminal's width: what matters least goes first. `used` tokens of the context are in use; of the
+    `last` answer it says the speed."""
     parts = [printable_line(name), f"{used:,} of {engine.max_context:,} tokens"]
     if last is not None and last.decode_tokens_per_second:
         parts.append(f"{last.decode_tokens_per_second:.1f} tokens/s")

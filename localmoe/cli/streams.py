@@ -52,10 +52,10 @@ def can_style(stream: TextIO | None) -> bool:
     return is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
 
 
-def columns() -> int:
-    """The width of the terminal at standard output, as it is now."""
+def columns(stream: TextIO | None = None) -> int:
+    """The width of the terminal at `stream`, by default standard output, as it is now."""
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        return os.get_terminal_size((sys.stdout if stream is None else stream).fileno()).columns or 80
     except (OSError, ValueError):
         return 80
 
@@ -107,8 +107,8 @@ def remark(text: str) -> None:
 
 def passing_remark(text: str) -> None:
     """Show `text` on the last line of the terminal until the next one; an empty `text` removes it."""
-    if can_style(sys.stderr):
-        _raw("\r\x1b[K" + dim(printable(text), sys.stderr))
+    if can_style(sys.stderr):  # without wrapping at the margin: of two lines the first would stay
+        _raw(f"\r\x1b[K\x1b[?7l{dim(printable(text), sys.stderr)}\x1b[?7h" if text else "\r\x1b[K")
 
 
 def dim(text: str, stream: TextIO | None) -> str:

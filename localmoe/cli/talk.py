@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import difflib
 import os
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 from localmoe.cli import model_argument, options, settings, speed, streams, transcript, units
 from localmoe.cli.answer import Answer, Request, collect
 from localmoe.cli.chat_words import afterword, recap, statistics
-from localmoe.cli.conversation import Conversation
+from localmoe.cli.conversation import Conversation, Turn
 from localmoe.cli.kept import Kept, turns_to_drop
 from localmoe.cli.status import folded, status
+from localmoe.cli.values import suggestion
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -82,12 +84,14 @@ class Chat:
 
     def status(self) -> str:
         """The line under the prompt."""
-        return status(self._engine, self._name, self._last, self._held)
+        return status(self._engine, self._name, self._last, self._conversation.used or 0)
 
-    @property
-    def _held(self) -> int:
-        """Tokens of the session that goes on, until something else is said or it is forgotten."""
-        return self._kept.tokens if self._last is None and self._conversation.turns else 0
+    def _count(self) -> None:
+        """Know how much of the context the conversation takes, which was changed by something else than an answer."""
+        if self._conversation.used is None:
+            messages, thinking = self._conversation.messages, self._request.thinking
+            with contextlib.suppress(LocalMoeError):  # of its template: the next answer says what is wrong
+                self._conversation.count(len(self._engine.prompt_ids(messages, thinking=thinking)))
 
     def _next_draft(self) -> str:
         draft, self._draft = self._draft, ""
@@ -190,6 +194,7 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         turn = self._conversation.take_back()
+        self._count()
         left = units.are_left(len(self._conversation.turns), "turn")
         _say("nothing to take back" if turn is None else f"forgotten; {left}")
 
@@ -198,6 +203,7 @@ class Chat:
         if turn is None:
             _say("nothing to edit yet")
         else:
+            self._count()
             self._draft = turn.question
 
     def _attach(self, name: str) -> None:
@@ -216,8 +222,8 @@ class Chat:
             _say(settings.as_text(self._request.sampling))
             return
         if name not in (*self._request.sampling, "seed"):
-            known = ", ".join(["temp", *list(self._request.sampling)[1:]])
-            raise UsageError(f"/set: no setting {name!r}; there are {known} and seed")
+            known = ["temp", *list(self._request.sampling)[1:], "seed"]
+            raise UsageError(f"/set: no setting {name!r}{suggestion(name, known)}")
         try:
             number = float(value)
         except ValueError:
@@ -253,6 +259,7 @@ class Chat:
     def _load(self, name: str) -> None:
         self._conversation = transcript.load(transcript.path_of(name))
         self._last = self._unanswered = None
+        self._count()
         turns = units.counted(len(self._conversation.turns), "turn")
         _say(f"{turns}; the conversation goes on from there")
 
@@ -279,6 +286,8 @@ class Chat:
         opened = self.switch(self._engine, self._request, model_argument.meant(model))
         self._engine, self._name, self._request = opened.engine, opened.name, opened.request
         self._last = None
+        self._conversation.count(None)
+        self._count()
         _say(opened.problem or f"{self._name} · context {self._engine.max_context} tokens · the conversation goes on")
 
     def _set_system(self, text: str) -> None:
@@ -299,7 +308,7 @@ class Chat:
         if self._request.sampling["temperature"] == 0:
             _say("without a temperature the answer comes out the same; start chat with --temp 0.7 for others")
         if not self._answer(turn.question):
-            self._conversation.add(turn.question, turn.answer)
+            self._conversation.add(turn)
 
     def _answer(self, question: str) -> bool:
         """Answer `question` and remember the turn; whether there was an answer to remember."""
@@ -327,7 +336,7 @@ class Chat:
         if not answer.text:
             return False
         self._unanswered = None
-        self._conversation.add(question, answer.text)
+        self._conversation.add(Turn(question, answer.text, answer.prompt_tokens + answer.completion_tokens))
         if self._kept.is_due:
             self._save_session()
         return True
@@ -341,6 +350,7 @@ class Chat:
             _say("the last message was not added: even alone it is too long")
         elif self._choose(f"Drop the oldest {count} of {units.counted(turns, 'turn')} and go on?"):
             self._conversation.drop_oldest(count)
+            self._count()
             _say(f"dropped; {units.are_left(turns - count, 'turn')}")
             return True
         else:

@@ -14,6 +14,12 @@ def size(count: int) -> str:
     return f"{number:.0f} {_SIZES[power]}" if number >= 100 else f"{number:.3g} {_SIZES[power]}"
 
 
+def rate(tokens_per_second: float) -> str:
+    """A speed without an exponent, with three digits or more: `1,077 tokens/s`."""
+    digits = f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
+    return f"{digits} tokens/s"
+
+
 def counted(count: int, what: str) -> str:
     """`1 turn`, `2 turns`."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"

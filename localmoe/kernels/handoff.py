@@ -13,6 +13,7 @@ from torch import Tensor
 from localmoe.kernels import _cpu
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertProducts
+from localmoe.kernels.marks import COPIES, EXPERTS_ON_CPU, UNMARKED, Mark
 
 _ROWS = 8
 _DRIVER = "libcuda.so.1"
@@ -46,7 +47,13 @@ class Handoff:
         return self._native and experts.complete()
 
     def submit(
-        self, experts: ExpertProducts, slots: Tensor, hidden: Tensor, expert_ids: Tensor, weights: Tensor
+        self,
+        experts: ExpertProducts,
+        slots: Tensor,
+        hidden: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        mark: Mark = UNMARKED,
     ) -> None:
         """Start the experts without a slot (slots int32 [E], in CPU memory), for hidden float32 [T, H], expert_ids
         int32 [T, k] and weights float32 [T, k] on the card."""
@@ -55,16 +62,25 @@ class Handoff:
         if not self._pending:
             ids = expert_ids.cpu().long()
             away = torch.where(slots[ids] >= 0, -1, ids)
-            self._arrived[:count] = experts(hidden.cpu(), away, weights.cpu())
+            known = hidden.cpu(), weights.cpu()
+            mark(COPIES)
+            result = experts(known[0], away, known[1])
+            mark(EXPERTS_ON_CPU)
+            self._arrived[:count] = result
+            mark(COPIES)
             return
         self._left.record()
         self._stream.wait_event(self._left)
         with torch.cuda.stream(self._stream):
+            mark.beside(None)
             self._hidden[:count].copy_(hidden, non_blocking=True)
             self._ids[:count].copy_(expert_ids, non_blocking=True)
             self._weights[:count].copy_(weights, non_blocking=True)
+            mark.beside(COPIES)
             self._job(experts, slots, count).enqueue(self._driver, self._stream.cuda_stream)
+            mark.beside(EXPERTS_ON_CPU)
             self._arrived[:count].copy_(self._result[:count], non_blocking=True)
+            mark.beside(COPIES)
             self._back.record()
 
     def collect(self, delta: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertProducts, ExpertWeights
 from localmoe.kernels.handoff import Handoff
+from localmoe.kernels.marks import Mark
 from localmoe.kernels.triton.experts import ExpertStack, add_experts
 from localmoe.kernels.triton.grouped import Blocks, grouped_experts, sort_pairs
 from localmoe.kernels.triton.launch import Launch, launch_for
@@ -76,10 +77,10 @@ class LayerExperts:
         assert self._stack is not None
         self._prompts.streamer.send(self._look_up(expert), partial(_put, self._stack, slot))
 
-    def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+    def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, mark: Mark) -> None:
         """Start the CPU's experts; see `localmoe.model.card.mlp.RoutedExperts`."""
         if self._cpu is not None:
-            self._handoff.submit(self._cpu, self.table.of_expert, hidden, expert_ids, weights)
+            self._handoff.submit(self._cpu, self.table.of_expert, hidden, expert_ids, weights, mark)
 
     def add_own(self, rows: RowBuffers, count: int, launch: Launch) -> None:
         """Add the card's experts."""

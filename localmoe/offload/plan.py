@@ -69,6 +69,11 @@ class Placement:
         """Bytes in one place."""
         return sum(share.nbytes for share in self.shares if share.tier == tier)
 
+    @property
+    def experts_on_disk(self) -> int:
+        """Bytes of routed experts that memory does not hold: each use of one waits."""
+        return sum(share.nbytes for share in self.shares if (share.part, share.tier) == ("routed experts", "disk"))
+
 
 @dataclass(frozen=True)
 class Advice:

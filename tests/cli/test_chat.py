@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from localmoe import sessions
-from localmoe.cli.conversation import Conversation
+from localmoe.cli.conversation import Conversation, Turn
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[=>78]|\([A-Z])")
 PROMPT = ">>>"
@@ -143,9 +143,7 @@ def test_stats_say_what_guessing_did_and_set_knows_the_penalties(sit_down):
     typist.say("/set frequency-penalty 0.5")
     typist.expect("frequency_penalty 0.5")
     typist.say("/set width 3")
-    typist.expect(
-        "there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty and seed"
-    )
+    typist.expect("there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed")
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(sit_down):
@@ -434,7 +432,7 @@ def test_chat_ends_with_the_terminal(sit_down):
 
 def test_conversation_alternates_roles():
     conversation = Conversation(system="s")
-    conversation.add("q1", "a1")
+    conversation.add(Turn("q1", "a1"))
     asked = conversation.asking("q2")
     assert [message["role"] for message in asked] == ["system", "user", "assistant", "user"]
     assert [message["content"] for message in asked] == ["s", "q1", "a1", "q2"]

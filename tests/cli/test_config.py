@@ -129,6 +129,7 @@ def test_aliases(invoke, engine):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("temp = 1\n", "is not a setting at the top of the file; it belongs under [sampling], as temperature"),
         ("temperature = 1\n", "'temperature' is not a setting at the top of the file; it belongs under [sampling]"),
         ("ctx = 1\n", "it belongs under [options]"),
         ("[smapling]\n", "'smapling' is not a setting; did you mean sampling?"),
@@ -230,7 +231,21 @@ def test_set_get_list_unset(invoke):
     ("arguments", "message"),
     [
         (["sampling.temprature", "1"], "[sampling] has no setting 'temprature'; did you mean temperature?"),
-        (["temperature", "1"], "did you mean sampling.temperature"),
+        (["temperature", "1"], "did you mean sampling.temperature, run.temperature or chat.temperature?"),
+        (["temp", "0.7"], "no setting 'temp'; did you mean sampling.temperature, run.temperature or chat.temperature?"),
+        (["temprature", "0.7"], "did you mean sampling.temperature, "),
+        (["options.temp", "1"], "[options] has no setting 'temp'; did you mean sampling.temperature, "),
+        (["n", "5"], "did you mean options.max_tokens, run.max_tokens, chat.max_tokens or bench.n?"),
+        (["run.n", "5"], "[run] has no setting 'n'; did you mean max_tokens?"),
+        (["options.context", "5"], "did you mean ctx?"),
+        (["sampling.seed", "1"], "did you mean options.seed, run.seed or chat.seed?"),
+        (["top-p", "0.9"], "did you mean sampling.top_p, "),
+        (["no-think", "true"], "did you mean options.think, "),
+        (["RUN.seed", "1"], "did you mean run.seed?"),
+        (["sampling", "1"], "sampling is a table; its settings are sampling.temperature, "),
+        (["quantize.recipe", "compact"], "no setting 'quantize.recipe'; localmoe config list --all shows them"),
+        (["sampling.temperature", "-1"], "a temperature is at least 0, not -1"),
+        (["run.seed", "1", "--jsn"], "No such option: --jsn"),
         (["modle", "demo"], "did you mean model?"),
         (["alias.", "demo"], "no setting 'alias.'"),
         (["run.max_tokens", "many"], "run.max_tokens: a whole number from 1 on is needed, not 'many'"),
@@ -289,6 +304,25 @@ def test_the_owners_lines_and_comments_stay(invoke):
     assert invoke("config", "unset", "alias.long").status == 0
     assert '"""' not in path.read_text()
     assert invoke("config", "get", "model").out == "fast\n"
+
+
+@pytest.mark.parametrize("before", [[], ["--"]])
+def test_a_negative_number_is_a_value(invoke, before):
+    assert invoke("config", "set", *before, "sampling.presence_penalty", "-1.5").status == 0
+    assert invoke("config", "set", "sampling.frequency_penalty", "-.5", "--json").json["value"] == -0.5
+    assert invoke("config", "set", "run.stop", "a", "-1", "b").status == 0
+    settings = {"sampling.presence_penalty": -1.5, "sampling.frequency_penalty": -0.5, "run.stop": ["a", "-1", "b"]}
+    assert invoke("config", "list", "--json").json["settings"] == settings
+
+
+def test_get_and_unset_name_the_near_miss(invoke):
+    got = invoke("config", "get", "temp")
+    assert (got.status, got.out) == (2, "")
+    assert "did you mean sampling.temperature, run.temperature or chat.temperature?" in got.err
+    unset = invoke("config", "unset", "sampling.temprature")
+    assert (unset.status, unset.out) == (1, "")
+    assert unset.err.endswith(" is not set in " + str(config_file.path()) + "; did you mean sampling.temperature?\n")
+    assert invoke("config", "unset", "run.seed").err.endswith("config.toml\n")  # known, and not set
 
 
 def test_a_setting_nobody_knows_can_be_unset(invoke):

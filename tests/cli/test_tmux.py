@@ -154,6 +154,14 @@ def test_a_person_on_the_demo(sit_down) -> None:
     assert person.ended() == 0
 
 
+def test_a_remark_longer_than_the_line_leaves_nothing_behind(sit_down, home) -> None:
+    directory = home / "models" / "demo" / "balanced"
+    assert len(f"loading {directory} ...") > 40
+    screen = sit_down(str(directory), columns=40).expect("/help lists the commands")
+    assert "loading" not in screen
+    assert screen.startswith(str(directory)[:40])
+
+
 def test_history_across_runs(sit_down) -> None:
     person = sit_down()
     person.expect(PROMPT)

@@ -6,6 +6,7 @@ layers. On a GPU prompts are multiplied in bfloat16, and 5 % are allowed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -244,6 +245,46 @@ def test_tokens_taken_back_and_a_cache_that_lost_its_memory(device: torch.device
         ours.forward(torch.tensor([96]), second)
     assert second.length == 0
     assert second.nbytes == 2 * 48 * 40 * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers", "on_card", "parts"),
+    [
+        ({}, 2, (0, 3, 5), {"dense", "router", "shared expert", "experts on GPU", "waiting", "head"}),
+        ({"n_shared_experts": 0}, 2, (), {"dense", "router", "experts on GPU", "waiting", "head"}),
+        ({}, 1, range(8), {"dense"}),  # the rest is the CPU's, which has a profile of its own
+    ],
+    ids=["experts on both sides", "all experts on the CPU", "a layer on the CPU"],
+)
+def test_a_tokens_time_by_part(
+    changes: dict[str, Any], layers: int, on_card: Sequence[int], parts: set[str], device: torch.device
+) -> None:
+    """The parts are there and are a pass's time; the conversation and the counts are as before."""
+    ours, wanted = models(device, changes=changes, layers=layers, on_card=on_card, kernels="portable")
+    ids = torch.arange(4)
+    cache, untouched = ours.new_cache(48), LatentCache(wanted.config, 48, ours._kernels.cache_dtype)
+    ours.forward(ids, cache)
+    counted = [layer.uses.clone() for layer in ours._layers if layer.uses is not None]
+    started = time.perf_counter()
+    split = ours.split([7, 8], cache)
+    elapsed = time.perf_counter() - started
+    assert cache.length == 4
+    assert all(map(torch.equal, counted, [layer.uses for layer in ours._layers if layer.uses is not None]))
+    away = layers == 2 and len(on_card) < 8
+    if device.type == "cpu":  # nothing runs beside on the interpreter
+        parts = parts | ({"experts on CPU"} if away else set())
+        assert split.beside == {}
+        assert 0 < 2 * sum(split.parts.values()) < elapsed
+    else:
+        assert set(split.beside) == ({"experts on CPU", "copies"} if away else set())
+    assert set(split.parts) == parts | {"norms", "attention", "copies"}
+    assert all(spent > 0 for spent in split.parts.values())
+    wanted.forward(ids, untouched)
+    found, expected = ours.forward(torch.tensor([9]), cache), wanted.forward(torch.tensor([9]), untouched)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 5e-2  # native kernels round activations
+    cache.advance(cache.capacity - cache.length)
+    with pytest.raises(ContextOverflowError):
+        ours.split([7], cache)
 
 
 def test_a_pass_that_finds_no_memory_is_done_in_halves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

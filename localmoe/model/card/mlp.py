@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localmoe.kernels.experts import ExpertWeights
+from localmoe.kernels.marks import UNMARKED, Mark
 from localmoe.kernels.triton.experts import ExpertStack, add_experts
 from localmoe.kernels.triton.launch import Launch
 from localmoe.kernels.triton.matmul import matmul
@@ -28,8 +29,8 @@ class RoutedExperts(Protocol):
     uses: Tensor
     """int32 [E] on the card: the router counts there."""
 
-    def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
-        """Start what is not computed on the card for up to 8 rows, hidden float32 [T, H]."""
+    def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, mark: Mark) -> None:
+        """Start what is not computed on the card for up to 8 rows, hidden float32 [T, H]. Marks what it takes."""
         ...
 
     def add_own(self, rows: RowBuffers, count: int, launch: Launch) -> None:
@@ -89,19 +90,28 @@ class CardMoE:
         """As `RoutedExperts.captures`."""
         return self._experts.captures
 
-    def few(self, rows: RowBuffers, count: int, launch: Launch) -> None:
+    @property
+    def uses(self) -> Tensor:
+        """As `RoutedExperts.uses`."""
+        return self._experts.uses
+
+    def few(self, rows: RowBuffers, count: int, launch: Launch, mark: Mark = UNMARKED) -> None:
         """From `rows.normed` to `rows.delta`. The CPU's experts run beside the card's."""
         logits, x = rows.router_logits[:count], rows.normed.natural[:count]
         ids, weights, delta = rows.expert_ids[:count], rows.expert_weights[:count], rows.delta[:count]
         matvec(x, self._router, logits, launch)
         self._route(logits, ids, weights)
-        self._experts.submit(x, ids, weights)
+        mark("router")
+        self._experts.submit(x, ids, weights, mark)
         if self._shared is None:
             delta.zero_()
         else:
             self._shared.few(rows, count, launch)
+            mark("shared expert")
         self._experts.add_own(rows, count, launch)
+        mark("experts on GPU")
         self._experts.collect(delta)
+        mark("waiting")
 
     def many(self, x: Tensor, launch: Launch) -> Tensor:
         """float32 [T, H] -> [T, H]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from localmoe.errors import DeviceError, UsageError
 from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.marks import COPIES, UNMARKED, Mark, Marks
 from localmoe.kernels.triton.launch import Launch, launch_for
 from localmoe.kernels.triton.matvec import new_output
 from localmoe.kernels.triton.norm import rms_norm
@@ -29,6 +30,19 @@ from localmoe.model.sizes import HEAD_ROWS
 
 _LEAST_PASS = 64
 """Tokens of a prompt that are worth a pass where the card's memory turns out to be short."""
+
+
+_SLEEP = 200_000_000
+"""Cycles, a tenth of a second: longer than the host takes to start a pass's kernels one by one."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Seconds of a token by part: `parts` follow each other and add up, `beside` is what runs at the same time on
+    another stream (the CPU's experts and the copies for them). What of it the card waits for is `parts`' waiting."""
+
+    parts: dict[str, float]
+    beside: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -69,17 +83,31 @@ class CardLayer:
             self._mlp = CardMlp(expert_weights(source, f"{module}.mlp"), device)
 
     @property
+    def uses(self) -> Tensor | None:
+        """The router's counts, int32 [E] on the card; None for a dense layer."""
+        return self._mlp.uses if isinstance(self._mlp, CardMoE) else None
+
+    @property
     def captures(self) -> bool:
         """Whether a CUDA graph can hold `few`."""
         return not isinstance(self._mlp, CardMoE) or self._mlp.captures
 
-    def few(self, rows: RowBuffers, count: int, cache: Tensor, rotations: Tensor, *, first: bool) -> None:
+    def few(
+        self, rows: RowBuffers, count: int, cache: Tensor, rotations: Tensor, *, first: bool, mark: Mark = UNMARKED
+    ) -> None:
         """Goes on from `rows.stream` plus, unless it is the `first` layer, `rows.delta`, and leaves them so."""
         stream, delta, normed = rows.stream[:count], rows.delta[:count], rows.normed.first(count)
         rms_norm(stream, self._input_norm, self._epsilon, *_both(normed), delta=None if first else delta)
+        mark("norms")
         self._attention.few(rows, count, cache, rotations)
+        mark("attention")
         rms_norm(stream, self._mlp_norm, self._epsilon, *_both(normed), delta=delta)
-        self._mlp.few(rows, count, self._launch)
+        mark("norms")
+        if isinstance(self._mlp, CardMoE):
+            self._mlp.few(rows, count, self._launch, mark)
+        else:
+            self._mlp.few(rows, count, self._launch)
+            mark("dense")
 
     def many(self, x: Tensor, cache: Tensor, start: int, place: Tensor, rotations: Tensor) -> Tensor:
         """x float32 [T, H] -> [T, H], in place."""
@@ -221,19 +249,65 @@ class CardModel:
             rows.start.copy_(self._staged_start, non_blocking=True)
             self._replay(count, lambda: self._body(count))
 
-    def _body(self, count: int) -> None:
+    def _body(self, count: int, mark: Mark = UNMARKED) -> None:
         """What a CUDA graph replays: it reads `rows.stream` and `rows.start`."""
         rows, epsilon = self._rows, self.config.rms_norm_eps
         for layer in self._layers:
-            layer.few(rows, count, self._latents.rows[layer.index], self._rotations, first=layer is self._layers[0])
+            latents, first = self._latents.rows[layer.index], layer is self._layers[0]
+            layer.few(rows, count, latents, self._rotations, first=first, mark=mark)
         stream, delta = rows.stream[:count], rows.delta[:count]
         if not self._whole:
             stream += delta
             return
         states = rows.states.first(count)
         rms_norm(stream, self._card_norm, epsilon, states.natural, states.octets, delta=delta)
+        mark("norms")
         assert isinstance(self._head, CardLinear)
         self._head.few(states, rows.logits[:count], self._launch)
+        mark("head")
+
+    def split(self, token_ids: Sequence[int], cache: LatentCache) -> Split:
+        """Seconds by part of what the card does for a decoded token, from a pass for each of `token_ids`, each as if it
+        came next. Layers and a head in CPU memory have a profile of their own.
+
+        They run outside the CUDA graph, whose kernels cannot be told apart, and change nothing: the row that they write
+        is behind the cache's tokens, and the router's counts are put back. Raises as `forward` for a cache without
+        room.
+        """
+        if not isinstance(cache, CardCache):
+            raise UsageError("a model on a card needs a cache of its own, from new_cache")
+        cache.check_room(1)
+        uses = [layer.uses for layer in self._layers if layer.uses is not None]
+        counted = [each.clone() for each in uses]
+        self._kernels.share_cores(1)
+        with torch.inference_mode():
+            self._timed(token_ids[0], cache, Marks(self._device))  # kernels are compiled and threads wake up
+            marks = Marks(self._device)
+            for token_id in token_ids:
+                self._timed(token_id, cache, marks)
+            parts, beside = marks.seconds()
+            for each, before in zip(uses, counted, strict=True):
+                each.copy_(before)
+        count = len(token_ids)
+        return Split(
+            {part: spent / count for part, spent in parts.items()},
+            {part: spent / count for part, spent in beside.items()},
+        )
+
+    def _timed(self, token_id: int, cache: LatentCache, mark: Marks) -> None:
+        """The card's part of a pass of one token, with marks."""
+        rows, ids = self._rows, torch.tensor([token_id])
+        self._staged[:1] = embedding_rows(self._embedding, ids)
+        self._staged_start[0] = cache.length
+        if self._device.type == "cuda":  # asleep, so that all of the pass is in its queue before it begins
+            torch.cuda._sleep(_SLEEP)  # type: ignore[no-untyped-call]
+        mark.begin()
+        rows.stream[:1].copy_(self._staged[:1], non_blocking=True)
+        rows.start.copy_(self._staged_start, non_blocking=True)
+        mark(COPIES)
+        self._body(1, mark)
+        (rows.logits[:1] if self._whole else rows.stream[:1]).to("cpu", copy=True)
+        mark(COPIES)
 
     def _many(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """The card's part of a longer pass: [T, H] on the card."""
