@@ -50,13 +50,17 @@ def gptq(weight: Tensor, factor: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor
             found = searched_scales(part, scheme, importance[start + first : start + last])[:, 0]  # [O]
             scale[:, (start + first) // group] = found
             step_size = found.float()
-            divisor = torch.where(step_size == 0, torch.inf, step_size)
-            for index in range(first, last):
-                torch.div(block[index], divisor, out=rounded[index]).round_().clamp_(form.LOWEST, form.HIGHEST)
-                errors[index] = (block[index] - rounded[index] * step_size) / near[index, index]
+            scaled = block[first:last] / torch.where(step_size == 0, torch.inf, step_size)  # [g, O], in steps
+            inside = near[first:last, first:last]
+            for index, (column, whole, error) in enumerate(
+                zip(scaled, rounded[first:last], errors[first:last], strict=True)
+            ):
+                torch.round(column, out=whole).clamp_(form.LOWEST, form.HIGHEST)
+                torch.sub(column, whole, out=error).div_(inside[index, index])
                 # Only the rest of the group now: what lies beyond gets a group's errors in one product, and beyond
                 # the block the block's
-                block[index + 1 : last].addr_(near[index, index + 1 : last], errors[index], alpha=-1)
+                scaled[index + 1 :].addr_(inside[index, index + 1 :], error, alpha=-1)
+            errors[first:last] *= step_size
             block[last:].addmm_(near[first:last, last:].t(), errors[first:last], alpha=-1)
         q[:, start:stop] = rounded.t()
         left[:, stop:].addmm_(errors.t(), factor[start:stop, stop:], alpha=-1)
@@ -87,38 +91,37 @@ def descend(
         for first in range(start, stop, size):
             group = slice(first, first + size)
             inside = slice(first - start, first - start + size)
-            before = left[group].clone()
-            _move_scale(steps[group], fitted[first // size], left[group], pulled[inside], near[inside, inside])
-            _move_integers(steps[group], fitted[first // size], left[group], pulled[inside], near[inside, inside], form)
-            pulled[inside.stop :].addmm_(near[inside.stop :, inside], left[group] - before)
+            part, scales, square = steps[group], fitted[first // size], near[inside, inside]
+            before = part * scales
+            _move_scale(part, scales, pulled[inside], square)
+            _move_integers(part, scales, pulled[inside], square, form)
+            change = (part * scales).sub_(before)  # [g, O]
+            left[group] -= change
+            pulled[inside.stop :].addmm_(near[inside.stop :, inside], change, alpha=-1)
     return steps.t().to(torch.int8).contiguous(), fitted.t().bfloat16().contiguous()
 
 
-def _move_scale(steps: Tensor, scale: Tensor, left: Tensor, pulled: Tensor, near: Tensor) -> None:
-    """In place, of a group: scales [O] of integers [g, O], what is `left` [g, O] and H r [g, O]; `near` is H [g, g]."""
+def _move_scale(steps: Tensor, scale: Tensor, pulled: Tensor, near: Tensor) -> None:
+    """Move in place a group's scales [O] of integers [g, O]; `pulled` is H r [g, O] and kept up, `near` is H [g, g]."""
+    weighed = near @ steps
     slope = (steps * pulled).sum(dim=0)  # [O]
-    bend = (steps * (near @ steps)).sum(dim=0)
+    bend = (steps * weighed).sum(dim=0)
     after = (scale + torch.where(bend > 0, slope / bend, 0.0)).bfloat16().float()
     move = after - scale
     move = torch.where(move * (move * bend - 2 * slope) < 0, move, 0.0)  # false for NaN
     scale += move
-    change = steps * move
-    left -= change
-    pulled.addmm_(near, change, alpha=-1)
+    pulled.addcmul_(weighed, move, value=-1)
 
 
-def _move_integers(steps: Tensor, scale: Tensor, left: Tensor, pulled: Tensor, near: Tensor, form: ModuleType) -> None:
-    """The same for the integers, column by column."""
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)  # [O]
-    for index, curvature in enumerate(near.diagonal().tolist()):
+def _move_integers(steps: Tensor, scale: Tensor, pulled: Tensor, near: Tensor, form: ModuleType) -> None:
+    """Move in place a group's integers, column by column."""
+    scaled = pulled * torch.where(scale == 0, 0.0, 1 / scale)  # [g, O], in steps
+    for index, (column, pull, curvature) in enumerate(zip(steps, scaled, near.diagonal().tolist(), strict=True)):
         if curvature <= 0:
             continue  # no input ever came
-        best = torch.addcmul(steps[index], pulled[index], inverse, value=1 / curvature)
-        best.round_().clamp_(form.LOWEST, form.HIGHEST)
-        change = (best - steps[index]) * scale
-        steps[index] = best
-        left[index] -= change
-        pulled[index + 1 :].addr_(near[index + 1 :, index], change, alpha=-1)
+        best = torch.add(column, pull, alpha=1 / curvature).round_().clamp_(form.LOWEST, form.HIGHEST)
+        scaled[index + 1 :].addr_(near[index + 1 :, index], best - column, alpha=-1)
+        column.copy_(best)
 
 
 def damping(hessian: Tensor, tokens: int) -> Tensor:
