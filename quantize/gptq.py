@@ -9,6 +9,8 @@ they have become by then, each column weighted by 1 / U[i, i]^2: what an error t
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,10 @@ from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
 from quantize.search import searched_scales
 
-DAMPING = 0.01
-"""Share of the diagonal's mean that is added to the diagonal, as in GPTQ's own code."""
+_DAMPING = 0.01  # as in GPTQ's own code
+
+SWEEPS = 2
+"""Of coordinate descent after GPTQ."""
 
 _SOLVED = 128  # up to so many columns a triangle is inverted at once
 _BLOCK_GROUPS = 4  # groups whose compensation reaches the rest of the matrix in one product
@@ -46,61 +50,103 @@ def gptq(weight: Tensor, factor: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor
             found = searched_scales(part, scheme, importance[start + first : start + last])[:, 0]  # [O]
             scale[:, (start + first) // group] = found
             step_size = found.float()
-            divisor = torch.where(step_size == 0, torch.inf, step_size)
-            for index in range(first, last):
-                torch.div(block[index], divisor, out=rounded[index]).round_().clamp_(form.LOWEST, form.HIGHEST)
-                errors[index] = (block[index] - rounded[index] * step_size) / near[index, index]
+            scaled = block[first:last] / torch.where(step_size == 0, torch.inf, step_size)  # [g, O], in steps
+            inside = near[first:last, first:last]
+            for index, (column, whole, error) in enumerate(
+                zip(scaled, rounded[first:last], errors[first:last], strict=True)
+            ):
+                torch.round(column, out=whole).clamp_(form.LOWEST, form.HIGHEST)
+                torch.sub(column, whole, out=error).div_(inside[index, index])
                 # Only the rest of the group now: what lies beyond gets a group's errors in one product, and beyond
                 # the block the block's
-                block[index + 1 : last].addr_(near[index, index + 1 : last], errors[index], alpha=-1)
+                scaled[index + 1 :].addr_(inside[index, index + 1 :], error, alpha=-1)
+            errors[first:last] *= step_size
             block[last:].addmm_(near[first:last, last:].t(), errors[first:last], alpha=-1)
         q[:, start:stop] = rounded.t()
         left[:, stop:].addmm_(errors.t(), factor[start:stop, stop:], alpha=-1)
     return q, scale
 
 
-def refit(weight: Tensor, q: Tensor, scale: Tensor, hessian: Tensor, scheme: Scheme) -> Tensor:
-    """bf16 scales [O, I/g] for integers `q` [O, I] that are given: one sweep of coordinate descent over the groups.
+def descend(
+    weight: Tensor, q: Tensor, scale: Tensor, hessian: Tensor, ridge: Tensor, scheme: Scheme, sweeps: int = SWEEPS
+) -> tuple[Tensor, Tensor]:
+    """(int8 q, bf16 scale) that err no more than those given, in r^T H r over the rows r of W - W'.
 
-    A group's scale s is moved by d = <q, H r> / <q, H q>, the least-squares step for what is left, r = w - q s, of
-    ||X r||^2; after rounding to bf16 it is kept where the error falls. GPTQ has chosen each scale before it knew what
-    the columns to come would make up for.
+    Coordinate descent, for GPTQ decides on a number before it knows what the columns to come make up for. With
+    H = X^T X + diag(ridge), r = w - q s what is left of a row and p = H r, a group's scale moves by <q, p> / <q, H q>,
+    rounded to bf16, where that lowers the error; then each of its integers to the level next to
+    q + p[i] / (s H[i, i]): the best one while all others stay.
     """
+    form = int4 if scheme.kind == "int4" else int8
     size, width = scheme.group_size, weight.shape[1]
-    steps = q.float()  # [O, I]
-    fitted = scale.clone()
-    left = weight - steps * scale.float().repeat_interleave(size, dim=1)  # [O, I]
-    for start in range(0, width, size * _BLOCK_GROUPS):
-        stop = min(width, start + size * _BLOCK_GROUPS)
-        pulled = left @ hessian[:, start:stop]  # [O, b]: H r, kept up with the block's own moves
+    step = size * _BLOCK_GROUPS
+    steps = q.t().contiguous().float()  # [I, O]: a column is contiguous
+    fitted = scale.t().contiguous().float()  # [G, O]
+    left = weight.t().contiguous() - steps * fitted.repeat_interleave(size, dim=0)  # [I, O]
+    for start in [*range(0, width, step)] * sweeps:
+        stop = min(width, start + step)
+        near = hessian[start:stop, start:stop] + ridge[start:stop].diag()
+        pulled = left[start:stop] * ridge[start:stop, None]  # [b, O]: p, kept up with the block's own moves
+        pulled.addmm_(hessian[start:stop], left)
         for first in range(start, stop, size):
-            columns = slice(first, first + size)
-            part = steps[:, columns]  # [O, g]
-            slope = (part * pulled[:, first - start : first - start + size]).sum(dim=1)  # [O]
-            bend = (part * (part @ hessian[columns, columns])).sum(dim=1)
-            before = fitted[:, first // size].float()
-            after = (before + torch.where(bend > 0, slope / bend, 0.0)).bfloat16()
-            move = after.float() - before
-            better = move * (move * bend - 2 * slope) < 0  # false for NaN
-            move = torch.where(better, move, 0.0)
-            fitted[:, first // size] = (before + move).bfloat16()
-            change = part * move.unsqueeze(1)
-            left[:, columns] -= change
-            pulled.addmm_(change, hessian[columns, start:stop], alpha=-1)
-    return fitted
+            group = slice(first, first + size)
+            inside = slice(first - start, first - start + size)
+            part, scales, square = steps[group], fitted[first // size], near[inside, inside]
+            before = part * scales
+            _move_scale(part, scales, pulled[inside], square)
+            _move_integers(part, scales, pulled[inside], square, form)
+            change = (part * scales).sub_(before)  # [g, O]
+            left[group] -= change
+            pulled[inside.stop :].addmm_(near[inside.stop :, inside], change, alpha=-1)
+    return steps.t().to(torch.int8).contiguous(), fitted.t().bfloat16().contiguous()
 
 
-def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper triangular U with U^T U = (H + damping * mean(diag H))^-1, float32 [I, I]; computed in float64.
+def _move_scale(steps: Tensor, scale: Tensor, pulled: Tensor, near: Tensor) -> None:
+    """Move in place a group's scales [O] of integers [g, O]; `pulled` is H r [g, O] and kept up, `near` is H [g, g]."""
+    weighed = near @ steps
+    slope = (steps * pulled).sum(dim=0)  # [O]
+    bend = (steps * weighed).sum(dim=0)
+    after = (scale + torch.where(bend > 0, slope / bend, 0.0)).bfloat16().float()
+    move = after - scale
+    move = torch.where(move * (move * bend - 2 * slope) < 0, move, 0.0)  # false for NaN
+    scale += move
+    pulled.addcmul_(weighed, move, value=-1)
+
+
+def _move_integers(steps: Tensor, scale: Tensor, pulled: Tensor, near: Tensor, form: ModuleType) -> None:
+    """Move in place a group's integers, column by column."""
+    scaled = pulled * torch.where(scale == 0, 0.0, 1 / scale)  # [g, O], in steps
+    for index, (column, pull, curvature) in enumerate(zip(steps, scaled, near.diagonal().tolist(), strict=True)):
+        if curvature <= 0:
+            continue  # no input ever came
+        best = torch.add(column, pull, alpha=1 / curvature).round_().clamp_(form.LOWEST, form.HIGHEST)
+        scaled[index + 1 :].addr_(near[index + 1 :, index], best - column, alpha=-1)
+        column.copy_(best)
+
+
+def damping(hessian: Tensor, tokens: int) -> Tensor:
+    """float32 [I] that is added to the diagonal of the H = X^T X of so many tokens, each of its numbers at least 0.
+
+    What few tokens show of how the columns of a wide row go together is mostly chance: 0.01 of the mean alone leaves an
+    error on other tokens that may be larger than plain rounding's. Found on held-out tokens (docs/benchmarks.md).
+    """
+    diagonal = hessian.diagonal()
+    return diagonal * (len(diagonal) / max(tokens, 1)) + _DAMPING * diagonal.mean()
+
+
+def inverse_factor(hessian: Tensor, ridge: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = (H + diag(ridge))^-1, float32 [I, I]; for zeros, that of I.
 
     With the columns in reverse, Cholesky gives H = R R^T with R upper triangular, and U is R's inverse: half the work
-    of inverting H and factoring that. Raises torch.linalg.LinAlgError where damping does not make H positive definite.
+    of inverting H and factoring that. In float64 where float32 does not do; raises torch.linalg.LinAlgError where the
+    damped H is not positive definite.
     """
-    damped = hessian.double().flip(0, 1)
-    diagonal = damped.diagonal()
-    mean = diagonal.mean()
-    diagonal += damping * mean if mean > 0 else 1.0
-    return _inverse_upper(torch.linalg.cholesky(damped).flip(0, 1)).float()
+    damped = hessian.flip(0, 1)
+    damped.diagonal().add_(ridge.flip(0) if ridge.any() else 1.0)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        root = torch.linalg.cholesky(damped.double())
+    return _inverse_upper(root.flip(0, 1)).float()
 
 
 def _inverse_upper(matrix: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from localmoe.model.layers import RMSNorm
 from localmoe.model.mla import Attention, Positions
 from localmoe.model.moe import Router
 from localmoe.model.rope import Rope
-from quantize.gptq import inverse_factor
+from quantize.gptq import damping, inverse_factor
 
 _ROWS = 4096  # of an MLP's inputs that are in work at a time
 _KEPT = 1 << 25  # numbers between an MLP's matrices that are kept rather than computed twice
@@ -51,9 +51,14 @@ class Statistics:
     hessian: Tensor
 
     @cached_property
+    def ridge(self) -> Tensor:
+        """float32 [in]: what is to be added to the Hessian's diagonal."""
+        return damping(self.hessian, self.tokens)
+
+    @cached_property
     def factor(self) -> Tensor:
-        """What GPTQ needs of the Hessian; made once for the matrices that share it."""
-        return inverse_factor(self.hessian)
+        """What GPTQ needs of the damped Hessian; made once for the matrices that share it."""
+        return inverse_factor(self.hessian, self.ridge)
 
 
 Replaced = Callable[[str], Tensor | None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from localmoe.formats import int4, int8
 from localmoe.formats.scheme import Scheme
-from quantize.gptq import gptq, refit
+from quantize.gptq import descend, gptq
 from quantize.layerwise import Statistics
 from quantize.quantizers import ordered_sum, pack_integers
 from quantize.search import rounded
@@ -46,27 +46,28 @@ def reaches(tokens: int, width: int) -> bool:
 def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Method) -> Chosen:
     """Round finite float32 `weight` [O, I] with the candidate that errs least on the calibration inputs.
 
-    `rtn` tries the plain and the weighted grid; `auto` GPTQ too, where enough tokens came; `gptq` takes GPTQ there
-    whatever the others reach. The plain grid is always among the candidates otherwise, so the result is never
-    worse than its.
+    `rtn` tries the plain and the weighted grid; `auto` GPTQ and the plain grid, where enough tokens came; `gptq` takes
+    GPTQ there whatever the other reaches. The error is that of the damped Hessian, since it has to hold for other
+    inputs too. The plain grid is among the candidates otherwise, so the result is never worse than its.
     """
     form = int4 if scheme.kind == "int4" else int8
-    hessian = statistics.hessian
+    hessian, ridge = statistics.hessian, statistics.ridge
     found: dict[str, dict[str, Tensor]] = {}  # as they are stored
-    enough = reaches(statistics.tokens, weight.shape[1])
-    if method != "rtn" and enough:
+    enough = method != "rtn" and reaches(statistics.tokens, weight.shape[1])
+    if enough:
         q, scale = gptq(weight, statistics.factor, scheme)
-        found["gptq"] = pack_integers(q, refit(weight, q, scale, hessian, scheme), scheme)
+        found["gptq"] = pack_integers(*descend(weight, q, scale, hessian, ridge, scheme), scheme)
+    elif statistics.tokens:
+        found["weighted"] = rounded(weight, scheme, (hessian.diagonal() + ridge) / statistics.tokens)
     if method != "gptq" or not enough:
-        if statistics.tokens:
-            found["weighted"] = rounded(weight, scheme, hessian.diagonal() / statistics.tokens)
         found["mse"] = rounded(weight, scheme)
-    best, least, left = "", math.inf, weight
+    best, least, left, through = "", math.inf, weight, 0.0
     for name, parts in found.items():
         difference = weight - form.dequantize(parts["weight_packed"], parts["weight_scale"], scheme.group_size)
-        error = error_through(difference, hessian, least)
-        if not best or error <= least:  # of equals the simplest
-            best, least, left = name, error, difference
+        added = ordered_sum(difference.square().mul_(ridge))
+        error = error_through(difference, hessian, least - added)
+        if not best or added + error <= least:  # of equals the simplest
+            best, least, left, through = name, added + error, difference, error
     norm = error_through(weight, hessian)
     return Chosen(
         parts=found[best],
@@ -75,7 +76,7 @@ def choose(weight: Tensor, scheme: Scheme, statistics: Statistics, method: Metho
         squared_error=ordered_sum(left.square()),
         squared_norm=ordered_sum(weight.square()),
         zero_groups=int((found[best]["weight_scale"] == 0).sum()),
-        output_error=float(f"{math.sqrt(max(least, 0.0) / norm):.6g}") if norm > 0 else 0.0,
+        output_error=float(f"{math.sqrt(max(through, 0.0) / norm):.6g}") if norm > 0 else 0.0,
     )
 
 
