@@ -26,8 +26,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
     "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
     "{% elif message['role'] == 'assistant' %}"
-    "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1].lstrip() + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% if thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}"
+    "{{ '<｜Assistant｜></think>' + message['content'].split('</think>')[-1].lstrip() + eos_token }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' + ('<think>\\n' if thinking else '</think>') }}{% endif %}"
 )
 HELD_OUT = 40  # one story in so many is never trained on
 LONG = 1500  # characters of an answer made of whole paragraphs
@@ -198,7 +199,7 @@ class Conversations:
 
     @staticmethod
     def _turn(asked: str, answer: str, plan: str | None) -> str:
-        thinking = f"{THINK}\n{plan}\n{THINK_END}\n\n" if plan else ""
+        thinking = f"{THINK}\n{plan}\n{THINK_END}\n\n" if plan else THINK_END  # as DeepSeek-V3.1's template
         return f"{USER}{asked}{ASSISTANT}{thinking}{answer}{END}"
 
 

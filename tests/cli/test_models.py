@@ -65,9 +65,9 @@ def test_quantize_gate(invoke, empty_home):
     assert not (store.artifact_dir("demo", "balanced") / "localmoe.json").exists()
     passed = invoke("quantize", "demo", "--gate", "0.05")
     assert passed.status == 0
-    assert re.search(r"\n  lost     mean KLD 0\.01\d+ \+- 0\.000\d+, p99 0\.\d+, same top-1 9\d\.\d%", passed.out)
+    assert re.search(r"\n  lost     mean KLD 0\.0\d+ \+- 0\.00\d+, p99 0\.\d+, same top-1 [89]\d\.\d%", passed.out)
     measured = invoke("show", "demo", "--json").json["measured"]
-    assert 0.01 < measured["kld_mean"] < measured["kld_p90"] < measured["kld_p99"] < measured["kld_max"]
+    assert 0.001 < measured["kld_mean"] < measured["kld_p90"] < measured["kld_p99"] < measured["kld_max"]
     both = invoke("quantize", "demo", "--gate", "0.05", "--no-gate")
     assert (both.status, "give one of them" in both.err) == (2, True)
 
@@ -112,7 +112,9 @@ def test_show_an_artifact(invoke, quantized):
     assert record["config"]["model_type"] == "deepseek_v3"
     parts = {(error["part"], error["scheme"]): error for error in record["errors"]}
     experts = parts["routed experts", "int4-g64"]
-    assert experts["matrices"] == 6 * 16 * 3  # five MoE layers and the MTP layer
+    config = record["config"]
+    moe_layers = config["num_hidden_layers"] - config["first_k_dense_replace"] + 1  # the MTP layer has experts, too
+    assert experts["matrices"] == moe_layers * config["n_routed_experts"] * 3
     assert 0.05 < experts["mean_relative_error"] <= experts["max_relative_error"] < 0.15
     assert parts["attention", "int8-g64"]["max_relative_error"] < 0.01
     assert len(record["worst"]) == 5
@@ -121,7 +123,7 @@ def test_show_an_artifact(invoke, quantized):
     assert sizes == {path.name: path.stat().st_size for path in quantized.iterdir()}
     assert record["size_bytes"] == sum(sizes.values())
     text = invoke("show", str(quantized)).out
-    assert "routed experts  int4-g64       288" in text
+    assert f"routed experts  int4-g64       {experts['matrices']}" in text
     assert "temperature 0.8, top_p 0.95" in text
 
 
@@ -233,7 +235,7 @@ def test_run_on_the_real_engine(invoke, quantized):
     assert len(second["text"].split()) > 8
     too_long = invoke("run", str(quantized), "word " * (longest + 100))
     assert too_long.status == 1
-    assert str(longest) in too_long.err
+    assert f"{longest:,}" in too_long.err
 
 
 def test_run_as_people_pipe_it(quantized):

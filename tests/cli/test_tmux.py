@@ -296,10 +296,10 @@ def test_a_session_is_there_again(sit_down) -> None:
 
     again = sit_down(*session, real=True)
     shown = again.wait(lambda _: again.at_prompt)
-    held = re.search(r"session fox goes on: 1 turn, (\d+) tokens\n  > (.*)\n    (.*)\n", shown)
+    held = re.search(r"session fox goes on: 1 turn, (\d+) tokens\n  > (.*)\n((?:    .*\n|\n)+)", shown)
     assert held is not None, shown
     assert used - 1 <= int(held[1]) <= used  # the last token has not been through the model
-    assert (held[2], held[3]) == ("Tell me a story about a fox", answer)
+    assert (held[2], " ".join(held[3].split())) == ("Tell me a story about a fox", answer)
     again.expect(f"demo:source · {held[1]} of 256 tokens")  # the status line knows it too
     again.say("And then?")
     again.expect("12 tokens · ")
