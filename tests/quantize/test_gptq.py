@@ -121,11 +121,16 @@ def test_descent_never_errs_more_and_each_sweep_less(scheme: Scheme, share: floa
         assert errors[2] < (0.97 if scheme.kind == "int4" else 1.0) * errors[0]
 
 
+def solved(rows: int, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """A problem's weight and inputs, their Hessian, and what GPTQ makes of it."""
+    weight, inputs = problem(rows)
+    hessian = inputs.T @ inputs
+    return weight, inputs, hessian, gptq(weight, inverse_factor(hessian, ridge_of(hessian)), scheme)
+
+
 def test_descent_ends_where_no_single_step_helps() -> None:
     scheme = Scheme("int4", 32)
-    weight, inputs = problem(6)
-    hessian = inputs.T @ inputs
-    given = gptq(weight, inverse_factor(hessian, ridge_of(hessian)), scheme)
+    weight, inputs, hessian, given = solved(6, scheme)
     q, scale = descend(weight, *given, hessian, NONE, scheme, 30)
     exact = inputs.double().T @ inputs.double()
     left = weight.double() - (q.float() * scale.float().repeat_interleave(32, dim=1)).double()
@@ -139,9 +144,7 @@ def test_descent_ends_where_no_single_step_helps() -> None:
 
 def test_scales_after_descent_are_nearly_the_best_for_their_integers() -> None:
     scheme = Scheme("int4", 32)
-    weight, inputs = problem(16)
-    hessian = inputs.T @ inputs
-    given = gptq(weight, inverse_factor(hessian, ridge_of(hessian)), scheme)
+    weight, inputs, hessian, given = solved(16, scheme)
     q, scale = descend(weight, *given, hessian, NONE, scheme, 4)
     best = 0.0
     for row in range(16):  # all scales of a row at once, by least squares and not rounded

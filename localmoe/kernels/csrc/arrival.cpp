@@ -33,9 +33,9 @@ void add_span(const void* begin, int64_t size, std::vector<Span>& spans) {
 }  // namespace
 
 void add_spans(const Matrix& matrix, std::vector<Span>& spans) {
-  const int64_t scale = matrix.form == Form::kNf4 ? 4 : 2;
   add_span(matrix.data, matrix.out * matrix.row_bytes, spans);
-  if (matrix.group > 0) add_span(matrix.scales, matrix.out * (matrix.in / matrix.group) * scale, spans);
+  if (matrix.group > 0)
+    add_span(matrix.scales, matrix.out * (matrix.in / matrix.group) * scale_bytes(matrix.form), spans);
 }
 
 // Where the system refuses, the span counts as missing: asking for what is there costs little.
