@@ -253,14 +253,16 @@ class Model(nn.Module):
     def losses(self, ids: Tensor, by: Rope, *, mtp_share: float = 1.0) -> tuple[Tensor, Tensor]:
         """ids [B, L + 2] -> mean losses in nats of the next token, and of the one after it by the MTP layer.
 
-        The MTP layer sees the first `mtp_share` of the sequences: it learns enough from them, and costs a third.
+        Tokens given as `~id` are read, not learned (`demo_text.Mixture`: what a user says). The MTP layer sees the
+        first `mtp_share` of the sequences: it learns enough from them, and costs a third.
         """
+        learned, ids = ids >= 0, torch.where(ids < 0, ~ids, ids)
         states = self.states(ids[:, :-2], by)  # [B, L, D]
-        main = HeadLoss.apply(states.flatten(0, 1), self.lm_head, ids[:, 1:-1].flatten())
+        main = HeadLoss.apply(states[learned[:, 1:-1]], self.lm_head, ids[:, 1:-1][learned[:, 1:-1]])
         few = max(round(len(ids) * mtp_share), 1)
         embedding = F.embedding(ids[:few, 1:-1], self.embed_tokens)
-        guess = self.mtp(states[:few], embedding, by)
-        return main, HeadLoss.apply(guess.flatten(0, 1), self.lm_head, ids[:few, 2:].flatten())
+        guess, second = self.mtp(states[:few], embedding, by), learned[:few, 2:]
+        return main, HeadLoss.apply(guess[second], self.lm_head, ids[:few, 2:][second])
 
     def experts(self) -> list[Experts]:
         return [module for module in self.modules() if isinstance(module, Experts)]
@@ -289,10 +291,10 @@ class HeadLoss(torch.autograd.Function):
             hidden_gradient[rows] = wrong @ head.to(hidden.dtype)
             head_gradient.addmm_(wrong.T, hidden[rows])
         ctx.save_for_backward(hidden_gradient, head_gradient)
-        return total / len(hidden)
+        return total / max(len(hidden), 1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
         hidden_gradient, head_gradient = ctx.saved_tensors
-        scale = gradient / len(hidden_gradient)
+        scale = gradient / max(len(hidden_gradient), 1)
         return hidden_gradient * scale.to(hidden_gradient.dtype), head_gradient * scale, None

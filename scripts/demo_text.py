@@ -157,7 +157,7 @@ class Conversations:
         """Text with DeepSeek's tokens, from the first <｜User｜> to the last <｜end▁of▁sentence｜>."""
         paragraphs = story.paragraphs
         whole = len(story.text) <= 2 * LONG
-        kind = dice.choices(("tell", "next", "title"), (6, 3, 1) if whole else (4, 5, 1))[0]
+        kind = dice.choices(("tell", "next", "title"), (14, 5, 1) if whole else (10, 9, 1))[0]
         if kind == "tell":
             return self._tell(story, paragraphs, whole, dice)
         start = 0 if whole else dice.randrange(len(paragraphs))
@@ -209,8 +209,9 @@ class Conversations:
 class Mixture:
     """An endless, fixed order of tokens: documents of four sorts, each shuffled anew every epoch.
 
-    `chat` are conversations made from all stories, half of them from simple and fairy ones. Its state is how many
-    documents of each sort were taken, so a run that stopped goes on where it was.
+    `chat` are conversations made from all stories, most of them from simple and fairy ones; what the user says in
+    them is given as `~id`, to be read and not learned. Its state is how many documents of each sort were taken, so a
+    run that stopped goes on where it was.
     """
 
     SORTS = ("simple", "fairy", "fiction", "chat")
@@ -221,6 +222,7 @@ class Mixture:
         self._stories = {kind: [story for story in kept if story.kind == kind] for kind in self.SORTS[:3]}
         self._conversations = Conversations(kept)
         self._begin, self._end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+        self._user, self._assistant = tokenizer.token_to_id(USER), tokenizer.token_to_id(ASSISTANT)
         self.taken = dict.fromkeys(self.SORTS, 0)
         self.tokens = dict.fromkeys(self.SORTS, 0)
         self._left: dict[str, list[int]] = {sort: [] for sort in self.SORTS}
@@ -230,7 +232,7 @@ class Mixture:
         self.taken[sort] += 1
         dice = random.Random(f"{self._seed}/{sort}/{number}")
         if sort == "chat":
-            kind = dice.choices(("simple", "fairy", "fiction"), (4, 2, 4))[0]
+            kind = dice.choices(("simple", "fairy", "fiction"), (5, 3, 2))[0]
             return self._conversations(dice.choice(self._stories[kind]), dice)
         epoch, place = divmod(number, len(self._stories[sort]))
         order = list(range(len(self._stories[sort])))
@@ -242,10 +244,19 @@ class Mixture:
         """The next `length` tokens of a sort, documents end to end; each begins with <｜begin▁of▁sentence｜>."""
         left = self._left[sort]
         while len(left) < length:
-            left += [self._begin, *self._tokenizer.encode(self._document(sort), add_special_tokens=False).ids]
+            ids = self._tokenizer.encode(self._document(sort), add_special_tokens=False).ids
+            left += [self._begin, *self._unlearned(ids)]
         self._left[sort] = left[length:]
         self.tokens[sort] += length
         return left[:length]
+
+    def _unlearned(self, ids: list[int]) -> Iterator[int]:
+        """The same, as `~id` from each <｜User｜> to the <｜Assistant｜> after it."""
+        asked = False
+        for token in ids:
+            asked = asked or token == self._user
+            yield ~token if asked else token
+            asked = asked and token != self._assistant
 
     def batch(self, count: int, length: int, shares: dict[str, float], step: int) -> Tensor:
         """[count, length] of tokens, each sequence of a sort drawn by `shares`."""

@@ -45,6 +45,11 @@ def train(load_script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def team() -> ModuleType:
+    return importlib.import_module("demo_team")
+
+
+@pytest.fixture(scope="module")
 def text() -> ModuleType:
     return importlib.import_module("demo_text")
 
@@ -156,18 +161,19 @@ def test_balancing_moves_the_bias_against_the_load(model: ModuleType) -> None:
     assert int(layer.load.sum()) == 0
 
 
-def test_muon_steps_by_matrices_with_singular_values_near_one(train: ModuleType) -> None:
+def test_muon_steps_by_matrices_with_singular_values_near_one(team: ModuleType) -> None:
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(train.orthogonal(torch.randn(3, 16, 40)))
+    values = torch.linalg.svdvals(team.orthogonal(torch.randn(3, 16, 40)))
     assert float(values.min()) > 0.6
     assert float(values.max()) < 1.3
     tall, wide = nn.Parameter(torch.zeros(2, 40, 16)), nn.Parameter(torch.zeros(16, 40))
-    muon = train.Muon([tall, wide])
-    tall.grad, wide.grad = torch.randn(2, 40, 16), torch.randn(16, 40)
-    muon.step(1.0)
+    muon = team.Muon([tall, wide])
+    gradient = torch.randn(16, 40)
+    muon.step(0, torch.randn(2, 40, 16), 1.0)
+    muon.step(1, gradient.clone(), 1.0)
     for parameter in (tall[0], tall[1], wide):
         step = parameter.detach() / -(0.2 * 40**0.5)
-        u, _, v = torch.linalg.svd(parameter.grad if parameter is wide else step, full_matrices=False)
+        u, _, v = torch.linalg.svd(gradient if parameter is wide else step, full_matrices=False)
         assert float(torch.linalg.svdvals(step).min()) > 0.6
         assert float(torch.linalg.svdvals(step).max()) < 1.3
         if parameter is wide:  # the same singular vectors as the gradient's
@@ -187,6 +193,70 @@ def test_data_come_in_a_fixed_order_and_go_on_where_they_stopped(
     rest.load(json.loads(json.dumps(first.state())))
     assert all(rest.batch(3, 40, shares, step).equal(batches[step]) for step in range(3, 6))
     assert not text.Mixture(stories, tokenizer, 6).batch(3, 40, shares, 0).equal(batches[0])
+
+
+def test_what_a_user_says_is_read_and_not_learned(
+    text: ModuleType, model: ModuleType, stories: list[Any], tokenizer: Any
+) -> None:
+    """From <｜User｜> to <｜Assistant｜> tokens are `~id`; the losses are those of cross-entropy over the others."""
+    mixture = text.Mixture(stories, tokenizer, 5)
+    ids = mixture.batch(2, 400, {"chat": 1.0}, 0)
+    read = torch.where(ids < 0, ~ids, ids)
+    user, assistant = (tokenizer.token_to_id(name) for name in (text.USER, text.ASSISTANT))
+    asked = False
+    for token, given in zip(read[0].tolist(), ids[0].tolist(), strict=True):
+        asked = asked or token == user
+        assert (given < 0) == asked
+        asked = asked and token != assistant
+    assert 0.05 < (ids < 0).float().mean() < 0.95
+    torch.manual_seed(0)
+    network = model.Model(model.Shape(**SMALL))
+    with torch.no_grad():
+        network.lm_head.normal_()
+    by = model.rope(network.shape, 398, extended=False, device=torch.device("cpu"))
+    main, guess = network.losses(ids, by)
+    states = network.states(read[:, :-2], by)
+    drafted = network.mtp(states, network.embed_tokens[read[:, 1:-1]], by)
+    for loss, hidden, first in ((main, states, 1), (guess, drafted, 2)):
+        target = torch.where(ids < 0, -100, ids)[:, first : first + 398]
+        logits = (hidden @ network.lm_head.T).flatten(0, 1)
+        torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, target.flatten()))
+
+
+def test_processes_take_the_step_that_one_takes(
+    team: ModuleType, model: ModuleType, stories: list[Any], tokenizer: Any, text: ModuleType
+) -> None:
+    """Gradients, loads and weights after a step of Muon, to the rounding of a sum in another order."""
+    batch = text.Mixture(stories, tokenizer, 5).batch(6, 34, {"simple": 1.0, "chat": 1.0}, 0)
+    found = []
+    for processes in (1, 3):
+        torch.manual_seed(0)
+        network = model.Model(model.Shape(**SMALL))
+        with torch.no_grad():
+            network.lm_head.normal_()
+        by = model.rope(network.shape, 32, extended=False, device=torch.device("cpu"))
+
+        def losses(ids: torch.Tensor, stage: int, network: Any = network, by: Any = by) -> Any:
+            assert stage == 4
+            main, guess = network.losses(ids, by)
+            return team.Pass(main + 0.3 * guess, main.detach(), guess.detach())
+
+        muon = team.Muon(p for p in network.parameters() if p.ndim > 1)
+        beside = team.Team(network, muon, losses, processes)
+        for _ in range(2):  # gradients of the first step don't stay
+            means = beside.gradients(batch.split(1), 4)
+            beside.move(0.01)
+        loads = [layer.load.tolist() for layer in network.experts()]
+        norms = {name: p.grad.clone() for name, p in network.named_parameters() if p.ndim < 2}
+        weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+        found.append((means, loads, norms, weights))
+    (one, *loads_one), (three, *loads_three) = (found[0][:2], found[1][:2])
+    assert one == pytest.approx(three, rel=1e-5)
+    assert loads_one == loads_three
+    assert sum(loads_one[0][0]) == 2 * 6 * 32 * SMALL["num_experts_per_tok"]
+    for kept in (2, 3):
+        for name, value in found[0][kept].items():
+            torch.testing.assert_close(found[1][kept][name], value, rtol=2e-3, atol=2e-5, msg=name)
 
 
 def test_held_out_stories_are_never_read(text: ModuleType, stories: list[Any], tokenizer: Any) -> None:
