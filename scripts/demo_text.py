@@ -209,7 +209,7 @@ class Conversations:
 class Mixture:
     """An endless, fixed order of tokens: documents of four sorts, each shuffled anew every epoch.
 
-    `chat` are conversations made from all stories, most of them from simple and fairy ones; what the user says in
+    `chat` are conversations made from all stories, most of them from simple ones; what the user says in
     them is given as `~id`, to be read and not learned. Its state is how many documents of each sort were taken, so a
     run that stopped goes on where it was.
     """
@@ -232,7 +232,7 @@ class Mixture:
         self.taken[sort] += 1
         dice = random.Random(f"{self._seed}/{sort}/{number}")
         if sort == "chat":
-            kind = dice.choices(("simple", "fairy", "fiction"), (5, 3, 2))[0]
+            kind = dice.choices(("simple", "fairy", "fiction"), (6, 1, 3))[0]
             return self._conversations(dice.choice(self._stories[kind]), dice)
         epoch, place = divmod(number, len(self._stories[sort]))
         order = list(range(len(self._stories[sort])))

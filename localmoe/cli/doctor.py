@@ -152,6 +152,7 @@ def _figure_rows(figures: Mapping[str, Figure]) -> list[tuple[str, str]]:
     rows = []
     for name, label, places in (
         ("read", "memory reads", ""),
+        ("experts", "experts", "int4, a token's in a layer"),
         ("gpu.read", "the card's memory", ""),
         ("gpu.pcie", "to the card", "from pinned memory"),
         ("disk", "disk reads", figures["disk"].note if "disk" in figures else ""),

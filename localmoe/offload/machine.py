@@ -19,6 +19,7 @@ CPU_FIGURES = {
     "read": "bytes/s",
     "cached": "bytes/s",
     **{f"weights.{form}": "bytes/s" for form in FORMS},
+    "experts": "bytes/s",
     **{f"many.{form}": "multiply-adds/s" for form in FORMS},
     "latents": "multiply-adds/s",
     "attention": "multiply-adds/s",
@@ -39,6 +40,7 @@ FIGURE_UNITS = {
 # A desktop without a measurement: dual-channel DDR5-5600 reads about 60 of its 90 GB/s, DDR4-3200 40 of 51.
 _READ = 45e9
 _KERNEL_SHARE = 0.85  # of plain reads, by the matrix-vector kernels; measured 0.81 to 0.97 (docs/benchmarks.md)
+_EXPERTS_SHARE = 0.85  # of a large matrix's rate, by a layer's chosen experts; measured 0.75 to 0.89, 2 threads
 _CACHE_OVER_MEMORY = 4.0
 _MACS_A_CORE = 60e9  # integer multiply-adds a second a core with many tokens (AVX2; AVX-512 VNNI does 130)
 _TORCH_MACS_A_CORE = 25e9  # float32
@@ -71,6 +73,8 @@ class CpuSpeed:
     """Plain reads of memory."""
     weights: Mapping[str, Figure]
     """Bytes/s at which one token's products read matrices from memory, by form."""
+    experts: Figure
+    """The same for a layer's chosen experts in int4: many smaller matrices, and threads that wait for each other."""
     cached: Figure
     """The same for a model that the last-level cache holds."""
     many: Mapping[str, Figure]
@@ -90,12 +94,16 @@ class CpuSpeed:
         found = self.weights.get(form)
         return found.value if found else self.read.value * _KERNEL_SHARE
 
+    def experts_rate(self, form: str) -> float:
+        """Bytes/s at which one token's chosen experts of a form are read from memory: int4's loss for all forms."""
+        return self.weights_rate(form) * min(1.0, self.experts.value / self.weights_rate("int4"))
+
     def figures(self) -> dict[str, Figure]:
         """Every figure, by the names of CPU_FIGURES."""
         weights = {f"weights.{form}": figure for form, figure in self.weights.items()}
         many = {f"many.{form}": figure for form, figure in self.many.items()}
-        others = {name: getattr(self, name) for name in ("read", "cached", "latents", "attention", "layer")}
-        return {"read": others.pop("read"), **weights, **many, **others}
+        others = {name: getattr(self, name) for name in ("read", "experts", "cached", "latents", "attention", "layer")}
+        return {"read": others.pop("read"), **weights, "experts": others.pop("experts"), **many, **others}
 
     def many_rate(self, form: str) -> float:
         """Multiply-adds/s with many tokens of a form, measured or not."""
@@ -151,10 +159,13 @@ def cpu_speed(
 
     read = figure("read", _READ, "dual-channel DDR4 or DDR5")
     share = f"{_KERNEL_SHARE:.0%} of plain reads"
+    weights = {form: figure(f"weights.{form}", read.value * _KERNEL_SHARE, share) for form in FORMS}
+    lost = f"{_EXPERTS_SHARE:.0%} of a large int4 matrix"
     return CpuSpeed(
         threads=threads,
         read=read,
-        weights={form: figure(f"weights.{form}", read.value * _KERNEL_SHARE, share) for form in FORMS},
+        weights=weights,
+        experts=figure("experts", weights["int4"].value * _EXPERTS_SHARE, lost),
         cached=figure("cached", read.value * _CACHE_OVER_MEMORY, f"{_CACHE_OVER_MEMORY:.0f} times plain reads"),
         many={
             form: figure(f"many.{form}", (_TORCH_MACS_A_CORE if form == "bf16" else _MACS_A_CORE) * threads)

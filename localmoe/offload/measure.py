@@ -24,14 +24,15 @@ from localmoe.offload.machine import Figure
 from localmoe.offload.measure_card import card_probes
 from localmoe.offload.probe import Attempts, Facts
 
-SECONDS = 6.0
+SECONDS = 8.0
 """After so many, `measure` begins nothing more."""
 DISK_BYTES = 256 << 20
 _COLUMNS = 4096
 _MEMORY_BYTES = 192 << 20  # of one form's matrix, and four times the last-level cache where that is more
-_MOST_BYTES = 512 << 20
+_MOST_BYTES = 1 << 30
 _MANY_BYTES = 12 << 20
 _MANY_TOKENS = 256
+_EXPERT_ROWS, _EXPERT_COLUMNS, _EXPERTS_USED = 1408, 2048, 6  # DeepSeek-V2-Lite's
 _WORD = 0x19191919
 _BLOCK = 8 << 20
 _PIECE = 4 << 20
@@ -91,6 +92,7 @@ def _probes(
     yield "read", "memory read bandwidth", lambda: _measured(backend.read_bandwidth())
     for form in ("int4", "int8", "bf16"):
         yield f"weights.{form}", f"one token's {form} products", partial(_one_token, kernels, form, size)
+    yield "experts", "one token's experts", partial(_experts, kernels, size)
     yield "disk", "disk read bandwidth", partial(disk, home)
     for form in ("int4", "int8"):
         yield f"many.{form}", f"many tokens' {form} products", partial(_many_tokens, kernels, form)
@@ -109,15 +111,37 @@ def from_cache(kernels: Kernels, cache_bytes: int) -> Figure:
 
 def _one_token(kernels: Kernels, form: str, size: int, passes: int = 3) -> Figure:
     """Bytes/s of stored weights, by the best of the passes."""
-    weight = _matrix(form, size)
+    weight = _in_about(form, size)
     product, x = kernels.product(weight), torch.ones(1, _COLUMNS)
     kernels.share_cores(1)
     return _measured(weight.nbytes / _best(lambda: product(x), passes))
 
 
+def _experts(kernels: Kernels, size: int) -> Figure:
+    """Bytes/s of stored int4 weights: the experts that one token chooses in a layer, in one call, and then others,
+    until each of those in `size` bytes had its turn; by the best of three such passes."""
+    gate_bytes = _matrix("int4", _EXPERT_ROWS, _EXPERT_COLUMNS).nbytes
+    count = max(2 * _EXPERTS_USED, size // (3 * gate_bytes))
+    layer = kernels.experts(count, lambda _: _expert())
+    calls = torch.arange(count // _EXPERTS_USED * _EXPERTS_USED).view(-1, 1, _EXPERTS_USED)
+    x, shares = torch.ones(1, _EXPERT_COLUMNS), torch.full((1, _EXPERTS_USED), 1 / _EXPERTS_USED)
+    kernels.share_cores(1)
+
+    def all_of_them() -> None:
+        for chosen in calls:
+            layer(x, chosen, shares)
+
+    return _measured(calls.numel() * 3 * gate_bytes / _best(all_of_them, 3))
+
+
+def _expert() -> tuple[Weight, Weight, Weight]:
+    gate, up = (_matrix("int4", _EXPERT_ROWS, _EXPERT_COLUMNS) for _ in range(2))
+    return gate, up, _matrix("int4", _EXPERT_COLUMNS, _EXPERT_ROWS)
+
+
 def _many_tokens(kernels: Kernels, form: str) -> Figure:
     """Multiply-adds/s."""
-    weight = _matrix(form, _MANY_BYTES)
+    weight = _in_about(form, _MANY_BYTES)
     product, x = kernels.product(weight), torch.ones(_MANY_TOKENS, _COLUMNS)
     kernels.share_cores(_MANY_TOKENS)
     return _measured(_MANY_TOKENS * weight.out_features * _COLUMNS / _best(lambda: product(x), 2))
@@ -145,23 +169,26 @@ def _best(work: Callable[[], object], passes: int) -> float:
     return min(times)
 
 
-def _matrix(form: str, size: int) -> Weight:
+def _in_about(form: str, size: int) -> Weight:
     """A matrix of this form in about `size` bytes."""
-
-    def full(columns: int, value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((rows, columns), value, dtype=dtype)
-
     bits = {"int4": 4.5, "nf4": 4.5, "int8": 8.5, "bf16": 16}[form]
-    rows = max(64, int(size * 8 / bits / _COLUMNS))
+    return _matrix(form, max(64, int(size * 8 / bits / _COLUMNS)), _COLUMNS)
+
+
+def _matrix(form: str, rows: int, columns: int) -> Weight:
+
+    def full(width: int, value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((rows, width), value, dtype=dtype)
+
     match form:
         case "int4":
-            return Int4Weight(full(_COLUMNS // 8, _WORD, torch.int32), full(_COLUMNS // 32, 0.01, torch.bfloat16), 32)
+            return Int4Weight(full(columns // 8, _WORD, torch.int32), full(columns // 32, 0.01, torch.bfloat16), 32)
         case "int8":
-            return Int8Weight(full(_COLUMNS // 4, _WORD, torch.int32), full(_COLUMNS // 32, 0.01, torch.bfloat16), 32)
+            return Int8Weight(full(columns // 4, _WORD, torch.int32), full(columns // 32, 0.01, torch.bfloat16), 32)
         case "nf4":
-            return Nf4Weight(full(_COLUMNS // 2, 0x19, torch.uint8), full(_COLUMNS // 64, 0.01, torch.float32))
+            return Nf4Weight(full(columns // 2, 0x19, torch.uint8), full(columns // 64, 0.01, torch.float32))
         case _:
-            return DenseWeight(full(_COLUMNS, 0.01, torch.bfloat16))
+            return DenseWeight(full(columns, 0.01, torch.bfloat16))
 
 
 def disk(home: Path, size: int = DISK_BYTES, mountinfo: Path = Path("/proc/self/mountinfo")) -> Figure:

@@ -211,7 +211,8 @@ def _cold_experts(subject: Subject, machine: Machine, index: int, home: Residenc
     touched = _touched(layer.experts - home.gpu_experts, uses, tokens)
     costs = Costs()
     for form, stored in layer.expert.stored.items():
-        reading = touched * stored / _rate(subject, cpu, form)
+        rate = cpu.cached.value if _in_cache(subject, cpu) else cpu.experts_rate(form)
+        reading = touched * stored / rate
         computing = tokens * uses * layer.expert.weights.get(form, 0) / cpu.many_rate(form) if tokens > 1 else 0.0
         costs[CPU_COMPUTE if computing > reading else CPU_MEMORY] += max(reading, computing)
     fetched = _touched(home.disk_experts, k * home.disk_hits, tokens)
@@ -251,8 +252,12 @@ def _reading(subject: Subject, cpu: CpuSpeed, part: Part) -> float:
 
 
 def _rate(subject: Subject, cpu: CpuSpeed, form: str) -> float:
+    return cpu.cached.value if _in_cache(subject, cpu) else cpu.weights_rate(form)
+
+
+def _in_cache(subject: Subject, cpu: CpuSpeed) -> bool:
     """A model that the last-level cache holds is not read from memory."""
-    return cpu.cached.value if subject.sizes.nbytes <= cpu.cache_bytes else cpu.weights_rate(form)
+    return subject.sizes.nbytes <= cpu.cache_bytes
 
 
 def _attention_macs(config: ModelConfig, start: int, count: int) -> int:

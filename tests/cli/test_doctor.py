@@ -24,6 +24,7 @@ FACTS = Facts(
 FIGURES = {
     "read": Figure(60e9, "measured"),
     "weights.int4": Figure(55e9, "measured"),
+    "experts": Figure(44e9, "measured"),
     "many.int4": Figure(4e11, "measured"),
     "disk": Figure(3e9, "measured", "ext4, 256 MiB in pieces"),
 }
@@ -56,6 +57,7 @@ def test_it_says_what_it_found_and_keeps_it(invoke, machine: dict, home: Path) -
         "memory reads  60 GB/s",
         "disk reads    3 GB/s (ext4, 256 MiB in pieces)",
         "one token     int4 55 GB/s",
+        "experts       44 GB/s (int4, a token's in a layer)",
         "many tokens   int4 400 G multiply-adds/s",
         f"kept for `localmoe plan` in {home / NAME}",
     ):

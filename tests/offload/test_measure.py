@@ -43,12 +43,16 @@ def test_every_form_is_measured_and_failures_are_lines(tmp_path: Path, monkeypat
     for name, size in (("_MEMORY_BYTES", 1 << 20), ("_MANY_BYTES", 1 << 18), ("_MOST_BYTES", 1 << 20)):
         monkeypatch.setattr(module, name, size)
     monkeypatch.setattr(module, "_MANY_TOKENS", 16)
+    monkeypatch.setattr(module, "_EXPERT_ROWS", 64)
+    monkeypatch.setattr(module, "_EXPERT_COLUMNS", 128)
     monkeypatch.setattr("localmoe.kernels.cpu._BANDWIDTH_BYTES", 1 << 20)
     blocked = tmp_path / "file"
     blocked.write_text("")
     facts = replace(look(ask_cards=False), cache_bytes=1 << 20, available_bytes=8 << 30)
     figures, failed = measure(facts, blocked, threads=1, seconds=60)
-    expected = {"read", "cached", "attention"} | {f"{kind}.{form}" for kind in ("weights", "many") for form in FORMS}
+    expected = {"read", "experts", "cached", "attention"} | {
+        f"{kind}.{form}" for kind in ("weights", "many") for form in FORMS
+    }
     assert set(figures) == expected
     assert set(figures) < set(FIGURE_UNITS)
     assert all(figure.value > 0 and figure.origin == "measured" for figure in figures.values())
@@ -69,7 +73,7 @@ def test_what_there_is_no_time_or_memory_for_is_named(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_matrix_is_as_large_as_asked_for(form: str) -> None:
-    assert module._matrix(form, 8 << 20).nbytes == pytest.approx(8 << 20, rel=0.01)
+    assert module._in_about(form, 8 << 20).nbytes == pytest.approx(8 << 20, rel=0.01)
 
 
 def test_a_card_is_measured_by_its_memory_link_and_products() -> None:

@@ -33,7 +33,7 @@ def simple(rate: float) -> CpuSpeed:
     """A CPU whose every rate is the same and whose layers cost nothing besides."""
     figure = Figure(rate, "measured")
     forms = dict.fromkeys(("int4", "int8", "bf16", "float32"), figure)
-    return CpuSpeed(1, figure, forms, figure, forms, Figure(1e18, "measured"), figure, Figure(0.0, "measured"))
+    return CpuSpeed(1, figure, forms, figure, figure, forms, Figure(1e18, "measured"), figure, Figure(0.0, "measured"))
 
 
 def test_latent_cache_against_a_plain_one() -> None:
