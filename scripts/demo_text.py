@@ -169,11 +169,8 @@ class Conversations:
         return self._turn(f"{cut(paragraphs, 0, 900)[0]}\n\n{dice.choice(self.TITLE)}", title, None)
 
     def _tell(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str:
-        if whole or dice.random() < 0.5:
-            start, asked = 0, self.TELL if whole else self.BEGINNING
-        else:  # a scene from the middle of a long one
-            start, asked = dice.randrange(len(paragraphs)), self.TELL
-        text, place = cut(paragraphs, start, 2 * LONG if whole else LONG)
+        asked = self.TELL if whole or dice.random() < 0.5 else self.BEGINNING
+        text, place = cut(paragraphs, 0, 2 * LONG if whole else LONG)
         about = self._subjects(text, dice.choice((1, 2, 2, 3)))
         if not about:
             title = re.split(r" - |\n", story.title)[-1].strip(' "')
@@ -209,7 +206,7 @@ class Conversations:
 class Mixture:
     """An endless, fixed order of tokens: documents of four sorts, each shuffled anew every epoch.
 
-    `chat` are conversations made from all stories, most of them from simple ones; what the user says in
+    `chat` are conversations made from all stories, half of them from simple ones; what the user says in
     them is given as `~id`, to be read and not learned. Its state is how many documents of each sort were taken, so a
     run that stopped goes on where it was.
     """
@@ -232,7 +229,7 @@ class Mixture:
         self.taken[sort] += 1
         dice = random.Random(f"{self._seed}/{sort}/{number}")
         if sort == "chat":
-            kind = dice.choices(("simple", "fairy", "fiction"), (6, 1, 3))[0]
+            kind = dice.choices(("simple", "fairy", "fiction"), (5, 1, 4))[0]
             return self._conversations(dice.choice(self._stories[kind]), dice)
         epoch, place = divmod(number, len(self._stories[sort]))
         order = list(range(len(self._stories[sort])))
