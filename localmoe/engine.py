@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -155,8 +155,8 @@ class Engine:
         texts (`add_bos`). Messages go through the chat template, and only the template writes control tokens.
         Raises TemplateError when there is none or it fails, UsageError for a thinking switch it does not have.
         """
-        if not isinstance(prompt, str) and prompt and all(isinstance(message, Mapping) for message in prompt):
-            return self._chat_ids(prompt, thinking)  # type: ignore[arg-type]  # just checked
+        if _is_chat(prompt):
+            return self._chat_ids(prompt, thinking)
         if thinking is not None:
             raise UsageError("thinking is switched by the chat template, which a prompt without messages does not use")
         if isinstance(prompt, str):
@@ -190,12 +190,13 @@ class Engine:
     ) -> Generator[Step]:
         """Answer or continue `prompt` (see `prompt_ids`), one Step a token.
 
-        Ends at an end token, a stop string, `max_tokens`, or a full context ("length"). `SamplingParams` says what the
-        settings from `temperature` to `logit_bias` do; each Step names the `top_logprobs` likeliest tokens. The same
-        seed gives the same text, on the same kernels. `reuse_prefix` goes on from what such calls left in the cache, so
-        that a chat's next turn computes only what is new. At most one of `schema` (JSON schema), `grammar` and `choice`
-        says what the answer, after any thinking, has to be: see `localmoe.grammar`. Raises at the call UsageError for a
-        setting out of range, ContextOverflowError for a prompt that leaves no room, and what `prompt_ids` raises.
+        Ends at an end token (after messages at any that begins a turn, too), a stop string, `max_tokens`, or a full
+        context ("length"). `SamplingParams` says what the settings from `temperature` to `logit_bias` do; each Step
+        names the `top_logprobs` likeliest tokens. The same seed gives the same text, on the same kernels.
+        `reuse_prefix` goes on from what such calls left in the cache, so that a chat's next turn computes only what is
+        new. At most one of `schema` (JSON schema), `grammar` and `choice` says what the answer, after any thinking, has
+        to be: see `localmoe.grammar`. Raises at the call UsageError for a setting out of range, ContextOverflowError
+        for a prompt that leaves no room, and what `prompt_ids` raises.
         """
         model = self.model
         settings = Settings(
@@ -223,7 +224,7 @@ class Engine:
             self._cache_for(reuse_prefix),
             ids,
             settings,
-            end_ids=self._end_ids,
+            end_ids=self._end_ids | self._turn_ids if _is_chat(prompt) else self._end_ids,
             detokenizer=self.tokenizer.stream() if self._has_tokenizer else None,
             prefill_chunk=model.prefill_chunk,
             lengths=self._lengths,
@@ -384,11 +385,18 @@ class Engine:
 
     def _begins_thinking(self, prompt: Prompt, thinking: bool | None) -> bool:
         """Whether the template ends the prompt inside the model's thinking."""
-        is_chat = not isinstance(prompt, str) and prompt and all(isinstance(message, Mapping) for message in prompt)
-        if not is_chat or self.chat_template is None:
+        if not _is_chat(prompt) or self.chat_template is None:
             return False
-        return ThinkingSplitter.after(self.chat_template.render(prompt, thinking=thinking)).is_thinking  # type: ignore[arg-type]  # just checked
+        return ThinkingSplitter.after(self.chat_template.render(prompt, thinking=thinking)).is_thinking
 
     @cached_property
     def _end_ids(self) -> frozenset[int]:
         return self.tokenizer.eos_ids if self._has_tokenizer else end_token_ids(self.path)
+
+    @cached_property
+    def _turn_ids(self) -> frozenset[int]:
+        return frozenset() if self.chat_template is None else self.chat_template.turn_ids(self.tokenizer)
+
+
+def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+    return not isinstance(prompt, str) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)

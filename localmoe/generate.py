@@ -53,9 +53,9 @@ class Stats:
 class Step:
     """One token drawn.
 
-    `text` is what became certain with it: empty while a character or a possible stop string is unfinished,
-    and for an end token. `logprob` is under the model's own distribution (`sampling.logprob`), and so are those of
-    `top`, the likeliest tokens at this place, as many as were asked for.
+    `text` is what became certain with it: empty while a character or a possible stop string is unfinished, and for
+    tokens that are no text, an end token or another control token. `logprob` is under the model's own distribution
+    (`sampling.logprob`), and so are those of `top`, the likeliest tokens at this place, as many as were asked for.
     """
 
     token_id: int

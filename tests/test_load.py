@@ -281,6 +281,27 @@ class TestGenerating:
         assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
         assert steps[-1].finish_reason == "stop"
 
+    @pytest.mark.parametrize("mtp", [0, 2])
+    def test_control_tokens_are_no_text_and_one_that_begins_a_turn_ends_a_chats_answer(self, mtp: int) -> None:
+        with load("demo:source", kernels="portable", threads=1, mtp=mtp) as engine:
+            user, pad = (engine.tokenizer.control_tokens[token] for token in ("<｜User｜>", "<｜▁pad▁｜>"))
+            for prompt, token, ends in ((CHAT, user, True), ("Once", user, False), (CHAT, pad, False)):
+                steps = list(engine.generate(prompt, max_tokens=4, logit_bias={token: 100.0}))
+                assert [step.token_id for step in steps] == [token] * (1 if ends else 4)
+                assert "".join(step.text for step in steps) == ""
+                assert steps[-1].finish_reason == ("stop" if ends else "length")
+                assert steps[-1].stats is not None
+                assert steps[-1].stats.completion_tokens == len(steps)
+            # a word of the answer, were it one: guessed tokens after it do not count
+            whole = list(engine.generate(CHAT, max_tokens=24))
+            drawn = tokens(iter(whole))
+            end = next(i for i in range(8, 24) if drawn[i] not in drawn[:i])
+            engine.__dict__["_turn_ids"] = frozenset({drawn[end]})
+            steps = list(engine.generate(CHAT, max_tokens=24))
+            assert tokens(iter(steps)) == drawn[: end + 1]
+            assert "".join(step.text for step in steps) == engine.tokenizer.decode(drawn[:end])
+            assert steps[-1].finish_reason == "stop"
+
     def test_reuse_across_turns_gives_the_same_answer(self, engine: Engine) -> None:
         first = list(engine.generate(CHAT, max_tokens=8, reuse_prefix=True))
         reply = {"role": "assistant", "content": "".join(step.text for step in first)}

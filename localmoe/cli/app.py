@@ -134,7 +134,7 @@ def _fail(error: BaseException, arguments: Sequence[str]) -> int:
     streams.passing_remark("")
     if "--debug" in flags:
         streams.tell("".join(traceback.format_exception(error)), end="")
-    streams.tell(f"localmoe: {failure.message}{hint(failure)}")
+    streams.tell(streams.in_words(f"localmoe: {failure.message}{hint(failure)}"))
     try:
         streams.write_json(
             {"error": {"kind": failure.kind, "message": failure.message}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,7 +105,7 @@ def _fetch(ref: ModelRef, recipe: str | None) -> None:
                     return
             pull_weights(found, progress=lambda step: advance(step.done_bytes, step.total_bytes, step.item))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; what is here is kept, and the same command goes on from there") from None
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
 
 
 def _told(advance: Advance) -> Callable[[Progress], None]:
@@ -158,21 +157,7 @@ def _text(wanted: _Wanted) -> str:
         ("speed", f"about {units.rate(speed.tokens_per_second)}, bound by {speed.bound} ({by})"),
     ]
     lines = [f"{wanted.name} is not on this machine yet", *(f"  {name:<9} {what}" for name, what in rows if what)]
-    return "\n".join(_in_words(printable_line(line)) for line in lines)
-
-
-def _in_words(line: str) -> str:
-    """A line of the plan for a terminal of any width: broken between words, and what follows stands under the text.
-    Paths stay whole, to be copied."""
-    if not streams.is_terminal(sys.stderr):
-        return line
-    return textwrap.fill(
-        line,
-        streams.columns(sys.stderr),
-        subsequent_indent=" " * (12 if line.startswith(" ") else 0),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return "\n".join(streams.in_words(printable_line(line), indent=12 * line.startswith(" ")) for line in lines)
 
 
 def _on_disk(nbytes: int) -> str:

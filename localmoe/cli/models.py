@@ -62,7 +62,7 @@ def fetch(ref: ModelRef, revision: str | None = None) -> PullReport:
         with progress_bar("pull") as advance:
             return hub.pull(ref, revision=revision, progress=_passed_to(advance))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; what is here is kept, and the same command goes on from there") from None
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
 
 
 def list_models(

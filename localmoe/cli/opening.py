@@ -149,8 +149,9 @@ def _quantize_first(name: str, recipe: str, source: Path, announced: bool) -> No
     if announced:
         pass
     elif store.unfinished_bytes(output):
-        streams.tell(f"{name}:{recipe} is quantized in part: finishing it")
+        streams.tell(streams.in_words(f"{name}:{recipe} is quantized in part: finishing it"))
     else:
-        streams.tell(f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)")
+        said = f"{name} is here but not quantized yet: quantizing it with the recipe {recipe} (once)"
+        streams.tell(streams.in_words(said))
     make_artifact(source, output, recipe)
-    streams.tell(f"quantized to {output}")
+    streams.tell(streams.in_words(f"quantized to {output}"))

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import termios
@@ -18,6 +19,8 @@ from localmoe.errors import InputError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TextIO
+
+_JOINED = "\ufdd0"  # a noncharacter: it stands for a space that is no place to break a line
 
 
 def prepare() -> None:
@@ -97,6 +100,24 @@ def tell(text: str, *, end: str = "\n", faint: bool = False) -> None:
     if is_terminal(sys.stderr):
         text = dim(printable(text), sys.stderr) if faint else printable(text)
     _raw(text + end)
+
+
+def in_words(line: str, *, indent: int = 0) -> str:
+    """A line for `tell`: where a terminal would break it, broken between words, what follows `indent` columns in.
+    Paths and `commands in backquotes` stay whole, to be copied."""
+    if not is_terminal(sys.stderr) or len(line) <= columns(sys.stderr):
+        return line
+    import textwrap
+
+    whole = re.sub("`[^`]*`", lambda found: found[0].replace(" ", _JOINED), line)
+    lines = textwrap.wrap(
+        whole,
+        columns(sys.stderr),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace(_JOINED, " ")
 
 
 def remark(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from localmoe.errors import CheckpointError, TemplateError
 from localmoe.text.files import read_json_object
+from localmoe.text.thinking import THINKING_TAGS
 from localmoe.text.tokenizer import special_tokens
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _THINKING_SWITCHES = ("thinking", "enable_thinking")
 
 # Unicode noncharacters, "intended for process-internal uses": they enclose what a message spells out.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_THINKING_TAGS = ("<think>", "</think>")
+_BRACKETS = {"<": ">", "[": "]"}
 
 
 class ChatTemplate:
@@ -119,6 +120,25 @@ class ChatTemplate:
         marked = [_marked(message, pattern) for message in messages]
         return _encode_marked(tokenizer, self.render(marked, **options))
 
+    def turn_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The control tokens that this template frames messages with, thinking tags aside: a model that writes one in
+        an answer begins another turn.
+
+        Read off a short conversation; empty where the template refuses it. An added token that is neither marked
+        special nor in brackets (some checkpoints add letters) may be a word of the template, and is left out.
+        """
+        turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+        for chat in (turns, turns[1:]):  # some know no system's turn
+            try:
+                text = self.render(chat)
+            except TemplateError:
+                continue
+            written = set(tokenizer.control_pattern.findall(text)).difference(THINKING_TAGS)
+            ids = {tokenizer.control_tokens[token]: token for token in written}
+            marked = tokenizer.unspoken_ids
+            return frozenset(i for i, token in ids.items() if i in marked or _BRACKETS.get(token[0]) == token[-1])
+        return frozenset()
+
     @cached_property
     def _sandbox(self) -> TemplateSandbox:
         from localmoe.text.sandbox import TemplateSandbox  # Jinja is slow to import, and `--raw` needs none
@@ -193,7 +213,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _marked(message: Message, pattern: re.Pattern[str]) -> dict[str, Any]:
     """The message with every control token it spells out enclosed in marks."""
-    kept = _THINKING_TAGS if message.get("role") == "assistant" else ()
+    kept = THINKING_TAGS if message.get("role") == "assistant" else ()
 
     def enclose(found: re.Match[str]) -> str:
         return found[0] if found[0] in kept else f"{_OPEN}{found[0]}{_CLOSE}"

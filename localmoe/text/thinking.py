@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-_OPEN, THINKING_END = "<think>", "</think>"
+THINKING_TAGS = _OPEN, THINKING_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)

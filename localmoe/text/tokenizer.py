@@ -1,7 +1,8 @@
 """Text to token ids and back, through the checkpoint's own `tokenizer.json`.
 
-`decode` keeps control tokens visible: `<think>` is one in some checkpoints and plain vocabulary in others, and
-what a model said should not depend on which. Encoding decides by who wrote the text (`encode`'s `control`).
+`decode` keeps control tokens visible. An answer's text (`stream`) is without those marked "special", except `<think>`
+and `</think>`: some checkpoints mark them and others don't, and what a model said should not depend on it. Encoding
+decides by who wrote the text (`encode`'s `control`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from localmoe.errors import CheckpointError
 from localmoe.text.files import read_json_object
+from localmoe.text.thinking import THINKING_TAGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -94,6 +96,12 @@ class Tokenizer:
         return StreamingDetokenizer(self)
 
     @cached_property
+    def unspoken_ids(self) -> frozenset[int]:
+        """The tokens that never show in an answer: what is marked "special", thinking tags aside."""
+        added = self._rust.get_added_tokens_decoder().items()
+        return frozenset(id_ for id_, token in added if token.special and token.content not in THINKING_TAGS)
+
+    @cached_property
     def control_tokens(self) -> dict[str, int]:
         """Every added token by its text. Not only the "special" ones: V3's `<｜User｜>` is not marked as such."""
         return {token.content: id_ for id_, token in self._rust.get_added_tokens_decoder().items() if token.content}
@@ -142,7 +150,7 @@ class Tokenizer:
 
 
 class StreamingDetokenizer:
-    """Turns ids into text one at a time; the pieces add up to `Tokenizer.decode` of all ids.
+    """Turns ids into text one at a time; the pieces add up to `Tokenizer.decode` of all ids but the unspoken ones.
 
     (With a byte-fallback decoder only where the bytes are valid: it takes back a whole run for one bad byte.)
 
@@ -159,8 +167,8 @@ class StreamingDetokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
-        if not self._tokenizer.knows(token_id):
-            return ""  # a decoder would take the token after it for the first one of the text
+        if token_id in self._tokenizer.unspoken_ids or not self._tokenizer.knows(token_id):
+            return ""  # in the window, a decoder would take the token after an unknown one for the first of the text
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
         if text.endswith(_REPLACEMENT):

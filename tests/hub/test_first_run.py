@@ -82,7 +82,7 @@ def test_interrupted_it_goes_on_and_then_it_is_here(demo_hub, machine, tmp_path)
     demo_hub.release.set()
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, "")
-    assert errors.splitlines()[-1].startswith("localmoe: interrupted; what is here is kept, and the same command")
+    assert errors.splitlines()[-1] == "localmoe: interrupted; the same command goes on where it stopped"
 
     held = next((tmp_path / "hf").rglob("*.incomplete")).stat().st_size
     demo_hub.forget_requests()
@@ -106,14 +106,7 @@ def test_interrupted_it_goes_on_and_then_it_is_here(demo_hub, machine, tmp_path)
 @pytest.mark.parametrize(("typed", "status"), [("\n", 0), ("n\n", 1), ("\x03", 130)])
 def test_a_person_is_asked_once(demo_hub, machine, tmp_path, typed, status):
     """The question and the progress are on the terminal, the answer alone in the pipe; a `:source` is not quantized."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    model = REPO if status else f"{REPO}:source"
-    command = [sys.executable, "-c", TERMINAL_PROGRAM, "run", model, *ASKED[5:]]
-    process = subprocess.Popen(
-        command, env=machine, stdin=slave, stdout=-1, stderr=slave, text=True, start_new_session=True
-    )
-    os.close(slave)
+    process, master = at_a_terminal(TERMINAL_PROGRAM, machine, REPO if status else f"{REPO}:source")
     seen = read_until(master, "[Y/n]").replace("\r", "")
     for name in ("download", "disk", "runs on", "memory", "speed", *(["quantize"] if status else [])):
         assert f"\n  {name} " in seen, seen
@@ -132,7 +125,7 @@ def test_a_person_is_asked_once(demo_hub, machine, tmp_path, typed, status):
     if status:
         assert set(demo_hub.fetched()) == {"config.json"}
     if status == 1:
-        assert f"localmoe: {REPO} was not downloaded" in rest
+        assert f"localmoe: {REPO} was not downloaded" in " ".join(rest.split())
 
 
 TERMINAL_PROGRAM = """
@@ -141,6 +134,35 @@ os.close(os.open(os.ttyname(0), os.O_RDWR))  # a session's leader that opens a t
 from localmoe.cli.app import main
 sys.exit(main())
 """
+
+
+# The tensors come slowly, so that there is time to press Ctrl-C between two of them
+SLOW_PROGRAM = (
+    """
+import time
+from quantize.progress import Meter
+add = Meter.add
+Meter.add = lambda *step: (time.sleep(0.05), add(*step))
+"""
+    + TERMINAL_PROGRAM
+)
+
+
+def at_a_terminal(program: str, machine: dict[str, str], model: str) -> tuple[subprocess.Popen[str], int]:
+    """`run` with a terminal of its own, of `COLUMNS`, and the end of it that a person has; stdout is a pipe."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "run", model, *ASKED[5:]],
+        env=machine,
+        stdin=slave,
+        stdout=-1,
+        stderr=slave,
+        text=True,
+        start_new_session=True,
+    )
+    os.close(slave)
+    return process, master
 
 
 def read_until(terminal: int, text: str | None) -> str:
@@ -174,7 +196,7 @@ def test_a_checkpoint_in_shards_is_quantized_while_it_is_pulled(server, sharded_
     server.release.set()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1].startswith("localmoe: interrupted; what is here is kept, and the same command")
+    assert errors.splitlines()[-1] == "localmoe: interrupted; the same command goes on where it stopped"
     assert "maker/Tiny-MoE is not on this machine yet" in errors
 
     server.forget_requests()
@@ -191,6 +213,35 @@ def test_a_checkpoint_in_shards_is_quantized_while_it_is_pulled(server, sharded_
     assert (again.returncode, again.stdout) == (0, outcome.stdout)
     assert "is here but not quantized yet" in again.stderr
     assert made == {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def test_interrupted_while_it_quantizes_it_goes_on_with_what_it_had(demo_hub, machine, tmp_path):
+    process, master = at_a_terminal(SLOW_PROGRAM, machine, REPO)
+    read_until(master, "[Y/n]")
+    os.write(master, b"\n")
+    output = tmp_path / "home/models/maker--Tiny-MoE/balanced"
+    partial = output / "model.safetensors.partial"
+    deadline = time.monotonic() + 120
+    while not written(partial):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        select.select([master], [], [], 0.05)
+    os.write(master, b"\x03")
+    said = read_until(master, None).replace("\r", "").rpartition("localmoe: ")[2]
+    answer, _ = process.communicate(timeout=60)
+    os.close(master)
+    assert (process.returncode, answer) == (130, "")
+    assert said == "interrupted; the same command\ngoes on where it stopped\n"
+    assert {path.name for path in output.iterdir()} == {"localmoe.journal", partial.name}
+
+    held = partial.stat().st_ino
+    demo_hub.forget_requests()
+    outcome = run(machine)  # nothing to ask: the source is here
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stderr.splitlines()[0] == f"{REPO}:balanced is quantized in part: finishing it"
+    assert not demo_hub.requests
+    assert (output / "model.safetensors").stat().st_ino == held
+    assert (output / "localmoe.json").is_file()
 
 
 def written(partial: Path) -> bool:
@@ -244,12 +295,18 @@ def test_survey_counts_what_is_missing(hub):
         len(hub.files[name]) for name in ("config.json", "model.safetensors.index.json")
     )
     shard = "model-00002-of-00003.safetensors"
-    hub.other_bytes = {shard: b"x" * (3 << 20)}  # one shard is damaged on its way: the pull fails
+    hub.other_bytes = {shard: b"x" * (3 << 20)}  # one shard is damaged on its way: the pull fails ...
+    hub.stall = {shard: 0}
+
+    def release(step: hub_package.Progress) -> None:
+        if step.total_bytes - step.done_bytes <= 3 << 20:  # ... once all others are here, which it would cut short
+            hub.release.set()
+
     with pytest.raises(Exception, match="does not have the hash"):
-        hub_package.pull(ref)
+        hub_package.pull(ref, progress=release)
     second = hub_package.survey(ref)
     assert second.begun
-    assert second.missing_bytes < first.missing_bytes - (3 << 20)
+    assert second.missing_bytes == 3 << 20
 
 
 def test_survey_offline(hub, monkeypatch):

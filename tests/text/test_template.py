@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from localmoe.errors import CheckpointError, TemplateError
@@ -140,6 +141,48 @@ def test_the_demo_ships_a_template_and_it_is_found(demo: Tokenizer) -> None:
 @pytest.mark.parametrize(("source", "switches"), [(V31, True), (GLM, True), (R1, False), (V3, False)])
 def test_a_thinking_switch_is_seen(source: str, switches: bool) -> None:
     assert ChatTemplate(source, special_tokens={}).switches_thinking is switches
+
+
+KIMI = (
+    "{%- if messages[0]['role'] != 'system' -%}<|im_system|>system<|im_middle|>You are Kimi.<|im_end|>{%- endif -%}"
+    "{%- for message in messages -%}{%- if message['role'] == 'user' -%}<|im_user|>user<|im_middle|>"
+    "{%- elif message['role'] == 'assistant' -%}<|im_assistant|>assistant<|im_middle|><think></think>"
+    "{%- else -%}<|im_system|>system<|im_middle|>{%- endif -%}{{ message['content'] }}<|im_end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + V3
+KIMIS = {f"<|im_{name}|>" for name in ("system", "middle", "end", "user", "assistant")}
+FRAME = {*SPECIAL.values(), "<｜User｜>", "<｜Assistant｜>"}
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        (DEMO_CONFIG["chat_template"], FRAME),
+        (V2, set(SPECIAL.values())),
+        (V3, FRAME),
+        (NO_SYSTEM, FRAME),
+        (R1, FRAME),
+        (V31, FRAME),
+        (GLM, {"[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"}),
+        (KIMI, KIMIS),
+        ("{{ raise_exception('no') }}", set()),
+    ],
+    ids=["demo", "v2", "v3", "v3-no-system", "r1", "v31", "glm", "kimi", "refuses"],
+)
+def test_the_tokens_that_begin_a_turn_are_read_off_the_template(source: str, wanted: set[str], special: bool) -> None:
+    """Whatever is marked special; and no letter or line break that is an added token (older DeepSeeks have some)."""
+    rust = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    definition = json.loads(rust.to_str())
+    others = ["[gMASK]", "<sop>", *(f"<|{name}|>" for name in ("system", "user", "assistant", "tool")), *KIMIS]
+    for id_, token in enumerate([*others, "ü", "u", ":", "\n\n"], start=4096):
+        definition["added_tokens"].append({**definition["added_tokens"][3], "id": id_, "content": token})
+    for token in definition["added_tokens"]:
+        token["special"] = token["content"] in SPECIAL.values() or (special and len(token["content"]) > 2)
+    tokenizer = Tokenizer(json.dumps(definition), special_tokens=SPECIAL, add_bos=True, eos_ids=[])
+    found = ChatTemplate(source, special_tokens=SPECIAL).turn_ids(tokenizer)
+    assert found == {tokenizer.control_tokens[token] for token in wanted}
 
 
 class TestSpelledOutControlTokens:

@@ -133,7 +133,7 @@ def test_streamed_text_adds_up_to_the_decoded_whole(name: str, request: pytest.F
         ids = [random_ids.randrange(tokenizer.vocab_size + 20) for _ in range(random_ids.randrange(40))]
         stream = tokenizer.stream()
         pieces = [stream.push(id_) for id_ in ids] + [stream.finish()]
-        assert "".join(pieces) == tokenizer.decode(ids)
+        assert "".join(pieces) == tokenizer.decode([id_ for id_ in ids if id_ not in tokenizer.unspoken_ids])
 
 
 @pytest.mark.parametrize("name", ["demo", "v3_like", "sentencepiece_like"])
@@ -164,3 +164,21 @@ def test_spaces_between_streamed_words_survive_a_decoder_that_strips_the_first(s
     stream = sentencepiece_like.stream()
     padding = sentencepiece_like.vocab_size + 3
     assert [stream.push(id_) for id_ in [padding, *ids]] == ["", "the", " cat", "s", " the"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("demo", "<think>a</think>b é"), ("v3_like", "<｜Assistant｜><think>a</think>b<｜User｜> é")]
+)
+def test_streamed_text_is_without_special_tokens_but_with_the_thinking_tags(
+    name: str, wanted: str, request: pytest.FixtureRequest
+) -> None:
+    """The demo marks every added token special; V3 neither its turns' nor (R1, V3.1) the thinking tags."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    text = "<｜begin▁of▁sentence｜><｜Assistant｜><think>a</think>b<｜end▁of▁sentence｜><｜User｜> é"
+    ids = tokenizer.encode(text, add_bos=False)
+    assert tokenizer.decode(ids) == text
+    middle = len(ids) - 1  # between the two bytes of é
+    assert len(tokenizer.decode(ids[:middle])) == len(text)
+    ids.insert(middle, tokenizer.control_tokens["<｜begin▁of▁sentence｜>"])
+    stream = tokenizer.stream()
+    assert "".join([*map(stream.push, ids), stream.finish()]) == wanted
