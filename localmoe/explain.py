@@ -245,7 +245,7 @@ def explain_card(
     vram = placement.nbytes("gpu")
 
     def predicted(other: Subject, card: int, there: Machine) -> float:
-        placed = place(other, Budgets(vram=card, context=placement.context))
+        placed = place(other, Budgets(vram=card, context=placement.context), held=sample.held)
         return decode(other, there, placed.layers, placed.head_on_gpu, sample.held).tokens_per_second
 
     found = [

@@ -26,6 +26,8 @@ class RoutedExperts(Protocol):
 
     captures: bool
     """Whether a CUDA graph can hold its passes of up to 8 rows."""
+    both_sides: bool
+    """Whether some are not on the card. Once it is so it stays so, and may become so between passes."""
     uses: Tensor
     """int32 [E] on the card: the router counts there."""
 
@@ -89,6 +91,11 @@ class CardMoE:
     def captures(self) -> bool:
         """As `RoutedExperts.captures`."""
         return self._experts.captures
+
+    @property
+    def both_sides(self) -> bool:
+        """As `RoutedExperts.both_sides`."""
+        return self._experts.both_sides
 
     @property
     def uses(self) -> Tensor:
