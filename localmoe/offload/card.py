@@ -238,9 +238,10 @@ class CardExperts:
         if self._refresh is not None:
             self._refresh.settle()
         recent = self._uses.cpu().double() if self._refresh is None else self._refresh.recent()
-        warmth = recent + REMEMBERED * self._heat  # of earlier runs, as if it had been used so lately
+        # of earlier runs as much as is remembered of this one
+        warmth = (recent + REMEMBERED * self._heat).tolist()
         self._hits.book()
-        changes = what_to_give_back(self._tables, -(-nbytes // self._slot), lambda *each: float(warmth[each]))
+        changes = what_to_give_back(self._tables, -(-nbytes // self._slot), lambda layer, expert: warmth[layer][expert])
         for layer, slot in changes.retired:
             self._tables[layer].retire(slot)
         for move in changes.moves:

@@ -46,5 +46,6 @@ def what_to_give_back(tables: Mapping[int, SlotTable], first_kept: int, warmth: 
     coldest = sorted(every, key=coldness)[: len(going)]
     retired = tuple((layer, slot) for layer, slot, _ in coldest)
     behind = [slot for _, slot in retired if slot >= first_kept]
-    staying = [(layer, slot) for layer, slot in going if (layer, slot) not in set(retired)]
+    leaving = set(retired)
+    staying = [each for each in going if each not in leaving]
     return GivingBack(retired, tuple(Move(layer, slot, to) for (layer, slot), to in zip(staying, behind, strict=True)))

@@ -222,7 +222,7 @@ def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | Non
 
 def _arena(subject: Subject, room: int, on_gpu: Sequence[bool], context: int, cached: int) -> tuple[int, int]:
     """(bytes that cache and slots share, slots in it behind `cached` tokens): never more than the whole context and all
-    experts of these layers need. Slots are numbered through the arena, so that one which the cache has begun to take is lost."""
+    experts of these layers need. Slots are numbered through the arena: one that the cache has begun to take is lost."""
     slot = -(-subject.sizes.expert // _SLOT_UNIT) * _SLOT_UNIT
     whole = card_cache_bytes(subject.cache_row, sum(on_gpu), context)
     experts = sum(layer.experts for layer, here in zip(subject.sizes.layers, on_gpu, strict=True) if here)
