@@ -242,7 +242,7 @@ def explain_card(
     and applied to the speed that was measured."""
     plain = explain(replace(sample, several=True), subject, None, {})
     moe = [home for home, layer in zip(placement.layers, subject.sizes.layers, strict=True) if layer.experts]
-    vram = placement.nbytes("gpu")
+    vram = placement.vram
 
     def predicted(other: Subject, card: int, there: Machine) -> float:
         placed = place(other, Budgets(vram=card, context=placement.context), held=sample.held)

@@ -80,6 +80,12 @@ class Placement:
         return sum(share.nbytes for share in self.shares if share.tier == tier)
 
     @property
+    def vram(self) -> int:
+        """Bytes of the card that are taken from the beginning, whatever of the arena is cache or slots yet."""
+        sharing = [s.nbytes for s in self.shares if s.tier == "gpu" and s.part in ("latent cache", "routed experts")]
+        return self.nbytes("gpu") - (sum(sharing) - self.arena if self.arena else 0)
+
+    @property
     def experts_on_disk(self) -> int:
         """Bytes of routed experts that memory does not hold: each use of one waits."""
         return sum(share.nbytes for share in self.shares if (share.part, share.tier) == ("routed experts", "disk"))
