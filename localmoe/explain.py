@@ -242,10 +242,10 @@ def explain_card(
     and applied to the speed that was measured."""
     plain = explain(replace(sample, several=True), subject, None, {})
     moe = [home for home, layer in zip(placement.layers, subject.sizes.layers, strict=True) if layer.experts]
-    vram = placement.nbytes("gpu")
+    vram = placement.vram
 
     def predicted(other: Subject, card: int, there: Machine) -> float:
-        placed = place(other, Budgets(vram=card, context=placement.context))
+        placed = place(other, Budgets(vram=card, context=placement.context), held=sample.held)
         return decode(other, there, placed.layers, placed.head_on_gpu, sample.held).tokens_per_second
 
     found = [

@@ -128,7 +128,9 @@ def _on_card(
     deterministic: bool,
 ) -> Engine:
     """An engine with as much of the model on the card as its memory holds."""
+    from localmoe.model.card.arena import Arena
     from localmoe.model.card.model import CardLayout, CardModel
+    from localmoe.model.sizes import CACHE_STEP, card_cache_bytes
     from localmoe.offload.card import CardExperts
     from localmoe.offload.heat import Heat, heat_file, known_heat
     from localmoe.offload.machine import GIB
@@ -140,15 +142,21 @@ def _on_card(
     known = heat_file(home(), checkpoint.directory)
     heat = Heat.none(config) if deterministic else known_heat(home(), checkpoint.directory, config)
     subject = subject_of(config, checkpoint, row_bytes(config, kernels.cache_dtype), heat.shares(config))
-    placed = place(subject, Budgets(ram, card.vram, ctx))
+    # Places that change with the length of a conversation would be another answer to the same prompt
+    placed = place(subject, Budgets(ram, card.vram, ctx), held=None if deterministic else CACHE_STEP)
     hold_to(card)
     machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True, card=card.name)
     from_tokens = stream_from(subject, machine, placed.layers)
     chosen = experts_on_card(subject, placed.layers)
-    kept = CardExperts(checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens)
     layers = sum(layer.on_gpu for layer in placed.layers)
-    layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context, prompt_chunk(config, card.vram))
+    tokens = placed.context if deterministic else min(CACHE_STEP, placed.context)
     try:
+        arena = Arena(placed.arena, card.device, card_cache_bytes(subject.cache_row, layers, tokens))
+        kept = CardExperts(
+            checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens, arena=arena, heat=subject.heat
+        )
+        chunk = prompt_chunk(config, card.vram)
+        layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context, chunk, arena)
         model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer, kept.between_passes)
     except torch.OutOfMemoryError as error:
         raise DeviceError(

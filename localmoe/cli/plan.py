@@ -99,12 +99,15 @@ def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple
 def foreseen(config: Path, wanted: options.Machine, prompt: int, held: int) -> tuple[float, float]:
     """(prefill of `prompt` tokens, decode with `held` tokens in the cache) in tokens/s, of files that are here. Raises
     as `forecast` does."""
+    from localmoe.offload.plan import place
     from localmoe.offload.predict import decode, prefill
 
     subject, machine, plan, _ = forecast(config, None, wanted)
-    layers, head = plan.placement.layers, plan.placement.head_on_gpu
-    first = prefill(subject, machine, layers, head, prompt).tokens_per_second
-    return first, decode(subject, machine, layers, head, held).tokens_per_second
+    before = after = plan.placement
+    if plan.budgets.vram is not None:  # a card's experts make room for the cache as it grows
+        before, after = (place(subject, plan.budgets, tokens) for tokens in (prompt, held))
+    first = prefill(subject, machine, before.layers, before.head_on_gpu, prompt).tokens_per_second
+    return first, decode(subject, machine, after.layers, after.head_on_gpu, held).tokens_per_second
 
 
 def _find(model: str, flag: str | None) -> _Target:
@@ -304,6 +307,12 @@ def _speed(speed: Speed, when: str) -> str:
 
 def _of_the_card(result: Plan) -> list[tuple[str, str]]:
     lines = []
+    first, last = result.at_first.gpu_experts, result.placement.gpu_experts
+    if first > last:
+        context = f"{result.placement.context:,}"
+        lines.append(
+            ("", f"{first:,} routed experts are on the card at first; with {context} tokens {last:,} are left")
+        )
     if result.without_cpu_layers is not None:
         layers = result.placement.cpu_layers
         lines.append(

@@ -57,5 +57,5 @@ def _card(engine: Engine) -> list[str]:
     if placement is None:
         return []
     hits = engine.hit_rates()
-    vram = f"VRAM {units.size(placement.nbytes('gpu'))}"
+    vram = f"VRAM {units.size(placement.vram)}"
     return [f"{sum(hits) / len(hits):.0%} of expert uses on the card", vram] if hits else [vram]

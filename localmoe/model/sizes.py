@@ -224,6 +224,15 @@ def _values_a_number(form: str) -> int:
     return {"int4": 8, "int8": 4, "nf4": 2}.get(form, 1)
 
 
+CACHE_STEP = 256
+"""Tokens by which the latent cache on a card grows."""
+
+
+def card_cache_bytes(row: int, layers: int, tokens: int) -> int:
+    """Bytes of a card that hold `tokens` in so many layers, of `row` bytes each: rows are aligned there."""
+    return tokens * layers * -(-row // 16) * 16
+
+
 def card_workspace(config: ModelConfig, tokens: int) -> int:
     """Bytes that `localmoe.model.card` takes beside weights and latents for passes of up to `tokens`, all float32."""
     heads, hidden, k = config.num_attention_heads, config.hidden_size, config.num_experts_per_tok

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +18,15 @@ from localmoe.kernels.marks import Mark
 from localmoe.kernels.triton.experts import ExpertStack, add_experts
 from localmoe.kernels.triton.grouped import Blocks, grouped_experts, sort_pairs
 from localmoe.kernels.triton.launch import Launch, launch_for
-from localmoe.kernels.triton.weights import empty_stack
+from localmoe.kernels.triton.weights import SLOT_UNIT, slot_bytes, slot_stacks
+from localmoe.model.card.arena import Arena
 from localmoe.model.card.rows import RowBuffers
 from localmoe.model.config import ModelConfig
 from localmoe.model.layers import WeightSource, expert_weights
+from localmoe.offload.giving_back import what_to_give_back
 from localmoe.offload.hits import HitCounts
 from localmoe.offload.plan import STAGING
-from localmoe.offload.refresh import Refresh
+from localmoe.offload.refresh import REMEMBERED, Refresh
 from localmoe.offload.slots import SlotTable
 from localmoe.offload.streaming import Streamer, used_experts
 
@@ -38,13 +40,15 @@ class Prompts:
 
 
 class LayerExperts:
-    """One layer's. `on_card` are the experts that get a slot each, in the order of the slots."""
+    """One layer's. `on_card` are its experts with a slot each, by the slots' numbers, and `memory` uint8
+    [slots, bytes] all layers' slots."""
 
     def __init__(
         self,
         look_up: Callable[[int], ExpertWeights],
         uses: Tensor,
-        on_card: Sequence[int],
+        on_card: Mapping[int, int],
+        memory: Tensor,
         kernels: Kernels,
         handoff: Handoff,
         prompts: Prompts,
@@ -55,21 +59,36 @@ class LayerExperts:
         self._launch = launch_for(device)
         self._handoff = handoff
         self.uses = uses
-        self.table = SlotTable(count, on_card)
+        self._kernels = kernels
+        self.table = SlotTable(count, list(on_card.values()), list(on_card))
         self._stack: ExpertStack | None = None
         if on_card:
-            gate, up, down = (empty_stack(weight, len(on_card), device) for weight in look_up(on_card[0]))
+            gate, up, down = slot_stacks(look_up(next(iter(on_card.values()))), memory)
             self._stack = ExpertStack(gate, up, down, self.table.of_expert.to(device))
-            for slot, expert in enumerate(on_card):
+            for slot, expert in on_card.items():
                 _put(self._stack, slot, look_up(expert))
         self._cpu: ExpertProducts | None = None
-        if len(on_card) < count:
-            self._cpu = kernels.experts(count, look_up)
-        self.captures = self._cpu is None or handoff.captures(self._cpu)
+        self._share_with_the_cpu()
+
+    @property
+    def both_sides(self) -> bool:
+        """See `localmoe.model.card.mlp.RoutedExperts`."""
+        return self._cpu is not None
+
+    @property
+    def captures(self) -> bool:
+        """See `localmoe.model.card.mlp.RoutedExperts`."""
+        return self._cpu is None or self._handoff.captures(self._cpu)
+
+    def _share_with_the_cpu(self) -> None:
+        """A layer that is whole on the card knows no CPU: a pass saves the way there and back."""
+        if self._cpu is None and len(self.table.held) < len(self.uses):
+            self._cpu = self._kernels.experts(len(self.uses), self._look_up)
 
     def publish(self) -> None:
         """See `localmoe.offload.refresh.Slots`."""
         assert self._stack is not None
+        self._share_with_the_cpu()
         self._stack.slots.copy_(self.table.of_expert)
 
     def load(self, slot: int, expert: int) -> None:
@@ -124,14 +143,26 @@ class LayerExperts:
         grouped_experts(x, stack, blocks, weights, inner, products, self._launch)
 
 
+def _uses_a_token(config: ModelConfig, heat: Sequence[Sequence[float]] | None) -> Tensor:
+    """float64 [L, E], each layer's in sum the experts that a token has; 0 of a layer that nothing is known of."""
+    experts, k = config.n_routed_experts, config.num_experts_per_tok
+    rows = [[1.0] * experts] * config.num_hidden_layers if heat is None else [[*row] or [0.0] * experts for row in heat]
+    counted = torch.tensor(rows, dtype=torch.float64)
+    return k * counted / counted.sum(1, keepdim=True).clamp(min=1e-30)
+
+
 def _put(stack: ExpertStack, slot: int, weights: ExpertWeights) -> None:
     for matrices, weight in zip((stack.gate, stack.up, stack.down), weights, strict=True):
         matrices.put(slot, weight)
 
 
 class CardExperts:
-    """All layers' experts; `layer` hands out one layer's. `on_card` names each layer's experts that get a slot;
-    `stream_from` is the fewest tokens of a pass for which the others are carried to the card, None for never."""
+    """All layers' experts; `layer` hands out one layer's.
+
+    `on_card` names each layer's experts that get a slot, as far as `arena` has room behind the cache, the hottest
+    first: `heat` [L][E] are shares of the uses (None: all alike). Without an arena there is room for all of them, for
+    good. `stream_from` is the fewest tokens of a pass for which the others are carried to the card, None for never.
+    """
 
     def __init__(
         self,
@@ -142,12 +173,13 @@ class CardExperts:
         device: torch.device,
         *,
         stream_from: int | None = None,
+        arena: Arena | None = None,
+        heat: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self._prompts = Prompts(Streamer(device, STAGING // 2), math.inf if stream_from is None else stream_from)
         self._source = source
         self._config = config
         self._kernels = kernels
-        self._on_card = on_card
         self._handoff = Handoff(config.hidden_size, config.num_experts_per_tok, kernels, device)
         shape = (config.num_hidden_layers, config.n_routed_experts)
         self._uses = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -155,14 +187,22 @@ class CardExperts:
         self._tables: dict[int, SlotTable] = {}
         self._hits = HitCounts(self._uses, self._tables)
         self._refresh: Refresh | None = None
+        self._heat = _uses_a_token(config, heat)
+        on_card = [experts if moe else () for experts, moe in zip(on_card, config.moe_layers, strict=True)]
+        self._slot = self._slot_bytes(on_card)
+        self._arena = arena or Arena(self._slot * sum(map(len, on_card)), device)
+        self._arena.give_back = self._give_back
+        slots = len(self._arena.memory) // self._slot
+        self._memory = self._arena.memory[: slots * self._slot].view(slots, self._slot)
+        self._on_card = self._numbered(on_card, -(-self._arena.taken // self._slot))
 
     def layer(self, index: int) -> LayerExperts:
         """The routed experts of layer `index`, which must be an MoE layer; asked for once."""
-        module = f"model.layers.{index}.mlp.experts"
         made = LayerExperts(
-            lambda expert: expert_weights(self._source, f"{module}.{expert}"),
+            partial(self._look_up, index),
             self._uses[index],
             self._on_card[index],
+            self._memory,
             self._kernels,
             self._handoff,
             self._prompts,
@@ -170,6 +210,45 @@ class CardExperts:
         self._layers[index] = made
         self._tables[index] = made.table
         return made
+
+    def _look_up(self, layer: int, expert: int) -> ExpertWeights:
+        return expert_weights(self._source, f"model.layers.{layer}.mlp.experts.{expert}")
+
+    def _slot_bytes(self, on_card: Sequence[Sequence[int]]) -> int:
+        """Of the largest expert: every slot may hold any."""
+        likes = [self._look_up(layer, experts[0]) for layer, experts in enumerate(on_card) if experts]
+        forms = {tuple((type(weight), weight.nbytes) for weight in like): like for like in likes}
+        return max(map(slot_bytes, forms.values()), default=SLOT_UNIT)
+
+    def _numbered(self, on_card: Sequence[Sequence[int]], first: int) -> list[dict[int, int]]:
+        """Layer by layer, experts by their slots' numbers, from `first` on: the coldest have the lowest, which
+        go first, and where there is not room for all the coldest get none."""
+        every = [(layer, expert) for layer, experts in enumerate(on_card) for expert in experts]
+        every.sort(key=lambda each: (-float(self._heat[each]), each[1], each[0]))
+        numbered: list[dict[int, int]] = [{} for _ in on_card]
+        chosen = every[: max(0, len(self._memory) - first)]
+        for number, (layer, expert) in enumerate(reversed(chosen), first):
+            numbered[layer][number] = expert
+        return numbered
+
+    def _give_back(self, nbytes: int) -> None:
+        """Let no slot be in the first `nbytes` of the arena: experts leave the card, the coldest first."""
+        if self._uses.is_cuda:
+            torch.cuda.synchronize(self._uses.device)
+        if self._refresh is not None:
+            self._refresh.settle()
+        recent = self._uses.cpu().double() if self._refresh is None else self._refresh.recent()
+        # of earlier runs as much as is remembered of this one
+        warmth = (recent + REMEMBERED * self._heat).tolist()
+        self._hits.book()
+        changes = what_to_give_back(self._tables, -(-nbytes // self._slot), lambda layer, expert: warmth[layer][expert])
+        for layer, slot in changes.retired:
+            self._tables[layer].retire(slot)
+        for move in changes.moves:
+            self._tables[move.layer].move(move.slot, move.to)
+            self._memory[move.to].copy_(self._memory[move.slot])
+        for layer in {layer for layer, _ in changes.retired} | {move.layer for move in changes.moves}:
+            self._layers[layer].publish()
 
     def keep_fresh(self, executor: Executor | None = None) -> None:
         """From now on, let experts change places as they are used, `between_passes`."""
@@ -203,4 +282,5 @@ class CardExperts:
             self._refresh = None
         if self._uses.is_cuda:
             torch.cuda.synchronize(self._uses.device)
+        self._arena.give_back = lambda nbytes: None
         self._layers.clear()  # they know this object: a circle that would keep the card's memory

@@ -1,7 +1,8 @@
 """Where every part of a model goes: sizes, budgets and bandwidths in, a placement with the reason of each choice out.
 
 Pure. The order of what gets the card's memory: its own workspace, whole layers (attention, router, shared expert or
-dense MLP) with the latent cache of the context, the head, then routed experts, the hottest first. CPU memory takes the
+dense MLP) with the latent cache of the context, the head, then routed experts, the hottest first: these have the
+cache's place until the context needs it. CPU memory takes the
 layers that the card has no room for and the experts in order of heat; the coldest stay on the disk, mapped.
 """
 
@@ -14,7 +15,7 @@ from typing import Literal
 from localmoe.errors import DeviceError, UsageError
 from localmoe.memory import LEAST_CONTEXT, USABLE, MemoryNeeds, choose_context
 from localmoe.model.config import ModelConfig
-from localmoe.model.sizes import card_workspace
+from localmoe.model.sizes import card_cache_bytes, card_workspace
 from localmoe.offload.machine import GIB, Machine
 from localmoe.offload.predict import CHUNK, GPU_CHUNK, Residence, Speed, Subject, decode, prefill, stream_from
 
@@ -22,6 +23,8 @@ Tier = Literal["gpu", "ram", "disk"]
 
 CUDA_CONTEXT = 512 << 20  # the driver's and the libraries' own, in every process that computes on a card
 STAGING = 128 << 20  # two buffers of 64 MiB that experts are streamed through, on either side
+
+_SLOT_UNIT = 256  # localmoe.kernels.triton.weights.SLOT_UNIT, which is not imported: a plan needs no Triton
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,18 @@ class Placement:
     layers: tuple[Residence, ...]
     head_on_gpu: bool
     shares: tuple[Share, ...]
+    arena: int = 0
+    """Bytes of the card that the latent cache and the experts' slots share: what one gives back the other takes."""
 
     @property
     def cpu_layers(self) -> int:
         """Layers computed on the CPU."""
         return sum(not layer.on_gpu for layer in self.layers)
+
+    @property
+    def gpu_experts(self) -> int:
+        """Routed experts on the card."""
+        return sum(layer.gpu_experts for layer in self.layers)
 
     @property
     def disk_experts(self) -> int:
@@ -68,6 +78,12 @@ class Placement:
     def nbytes(self, tier: Tier) -> int:
         """Bytes in one place."""
         return sum(share.nbytes for share in self.shares if share.tier == tier)
+
+    @property
+    def vram(self) -> int:
+        """Bytes of the card that are taken from the beginning, whatever of the arena is cache or slots yet."""
+        sharing = [s.nbytes for s in self.shares if s.tier == "gpu" and s.part in ("latent cache", "routed experts")]
+        return self.nbytes("gpu") - (sum(sharing) - self.arena if self.arena else 0)
 
     @property
     def experts_on_disk(self) -> int:
@@ -85,10 +101,13 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """`decode` with an empty cache and `decode_full` with the whole context in it; `prefill` of `prompt` tokens.
+    """`placement` with the whole context in the cache and `at_first` with none of it. `decode` with an empty cache and
+    `decode_full` with the whole context in it; `prefill` of `prompt` tokens.
     `without_cpu_layers` is decode as it would be if the card held every layer, where it does not."""
 
+    budgets: Budgets
     placement: Placement
+    at_first: Placement
     decode: Speed
     decode_full: Speed
     prefill: Speed
@@ -113,7 +132,9 @@ def make_plan(subject: Subject, machine: Machine, budgets: Budgets, prompt: int 
         everything = tuple(Residence(True) for _ in full.layers)
         without = decode(subject, machine, everything, True, 0).tokens_per_second
     return Plan(
+        budgets=budgets,
         placement=full,
+        at_first=empty,
         decode=speed,
         decode_full=decode(subject, machine, full.layers, full.head_on_gpu, full.context),
         prefill=prefill(subject, machine, empty.layers, empty.head_on_gpu, prompt),
@@ -125,8 +146,8 @@ def make_plan(subject: Subject, machine: Machine, budgets: Budgets, prompt: int 
 
 
 def place(subject: Subject, budgets: Budgets, held: int | None = None) -> Placement:
-    """Place a model with `held` tokens in the cache, the whole context if None: what the cache does not take yet
-    holds more experts. Raises as `make_plan` does."""
+    """Place a model with `held` tokens in the cache, the whole context if None or more: what the cache does not take
+    yet holds more experts. Raises as `make_plan` does."""
     if budgets.vram is None:
         return _place_on_cpu(subject, budgets, held)
     return _place_on_gpu(subject, budgets, budgets.vram, held)
@@ -164,7 +185,7 @@ def _place_on_cpu(subject: Subject, budgets: Budgets, held: int | None) -> Place
         longest = min(longest, (usable - sizes.always) // subject.cache_per_token)
         room = usable - sizes.always - (context if held is None else held) * subject.cache_per_token
     layers = _place_experts(subject, [False] * len(sizes.layers), 0, room)
-    cached = context if held is None else held
+    cached = context if held is None else min(held, context)
     shares = [
         *_always_shares(subject, layers, "ram", "every token reads it, and there is no card to hold it"),
         _share("head", "ram", sizes.head.nbytes, "", "every token reads it"),
@@ -181,17 +202,18 @@ def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | Non
     context, longest = _context_on_gpu(subject, budgets, room)
     on_gpu, head = _layers_on_gpu(subject, room, context)
     _refuse_less_than_a_layer(subject, vram, room, context, on_gpu)
-    cached = context if held is None else held
+    cached = context if held is None else min(held, context)
     used = sum(layer.always for layer, here in zip(sizes.layers, on_gpu, strict=True) if here)
-    used += sizes.head.nbytes * head + sum(on_gpu) * cached * subject.cache_row
-    slots = max(0, (room - used) // sizes.expert) if sizes.expert else 0
+    arena, slots = _arena(subject, room - used - sizes.head.nbytes * head, on_gpu, context, cached)
     layers = _place_experts(subject, on_gpu, slots, _ram_room(subject, budgets, on_gpu, head, context))
     shares = [
         _share(
             "workspace", "gpu", gpu_workspace(subject.config, vram), "", "CUDA's own, staging, a chunk's activations"
         ),
         *_always_shares(subject, layers, "gpu", "every token reads it, so it is worth most on the card"),
-        _cache_share(subject, "gpu", cached, sum(on_gpu), "every token reads all of it"),
+        _cache_share(
+            subject, "gpu", cached, sum(on_gpu), "it grows with the context, and the coldest experts make room"
+        ),
         _share("head", "gpu" if head else "ram", sizes.head.nbytes, "", "every token reads it"),
         *_always_shares(subject, layers, "ram", "--vram has no room for these layers: the CPU computes them"),
         _cache_share(subject, "ram", cached, len(on_gpu) - sum(on_gpu), "beside the layers that it belongs to"),
@@ -201,13 +223,27 @@ def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | Non
         ),
         *_rest(subject),
     ]
-    return Placement(context, longest, layers, head, tuple(share for share in shares if share.nbytes))
+    return Placement(context, longest, layers, head, tuple(share for share in shares if share.nbytes), arena)
+
+
+def _arena(subject: Subject, room: int, on_gpu: Sequence[bool], context: int, cached: int) -> tuple[int, int]:
+    """(bytes that cache and slots share, slots in it behind `cached` tokens): never more than the whole context and all
+    experts of these layers need. Slots are numbered through the arena: one that the cache has begun to take is lost."""
+    slot = -(-subject.sizes.expert // _SLOT_UNIT) * _SLOT_UNIT
+    whole = card_cache_bytes(subject.cache_row, sum(on_gpu), context)
+    experts = sum(layer.experts for layer, here in zip(subject.sizes.layers, on_gpu, strict=True) if here)
+    if not experts:
+        return whole, 0
+    arena = min(room, (-(-whole // slot) + experts) * slot)
+    taken = -(-card_cache_bytes(subject.cache_row, sum(on_gpu), cached) // slot)
+    return arena, max(0, arena // slot - taken)
 
 
 def _context_on_gpu(subject: Subject, budgets: Budgets, room: int) -> tuple[int, int]:
     """(context, the longest one with every layer on the card)."""
     maximum = subject.config.max_position_embeddings
-    fits = max(0, (room - subject.sizes.always) // subject.cache_per_token)
+    a_token = card_cache_bytes(subject.cache_row, len(subject.sizes.layers), 1)
+    fits = max(0, (room - subject.sizes.always) // a_token)
     asked = budgets.context
     if asked is not None and not 1 <= asked <= maximum:
         raise UsageError(f"--ctx {asked}: the model was made for 1 to {maximum} tokens")
@@ -221,7 +257,7 @@ def _layers_on_gpu(subject: Subject, room: int, context: int) -> tuple[list[bool
 
     A byte on the card saves the same time whichever layer it belongs to; that the last ones leave keeps the hidden
     state's way between card and CPU to one change."""
-    cache = context * subject.cache_row
+    cache = card_cache_bytes(subject.cache_row, 1, context)
     layers = [layer.always + cache for layer in subject.sizes.layers]
     head = room >= layers[0] + subject.sizes.head.nbytes
     left = room - subject.sizes.head.nbytes * head
@@ -235,7 +271,7 @@ def _layers_on_gpu(subject: Subject, room: int, context: int) -> tuple[list[bool
 def _refuse_less_than_a_layer(subject: Subject, vram: int, room: int, context: int, on_gpu: Sequence[bool]) -> None:
     if any(on_gpu):
         return
-    least = subject.sizes.layers[0].always + context * subject.cache_row
+    least = subject.sizes.layers[0].always + card_cache_bytes(subject.cache_row, 1, context)
     needed = vram - room + least
     raise DeviceError(
         f"--vram {vram / GIB:.2f} GiB cannot hold one layer with its cache of {context} tokens; "
@@ -311,7 +347,8 @@ def _layers(layers: Sequence[object]) -> str:
 
 
 def _cache_share(subject: Subject, tier: Tier, tokens: int, layers: int, why: str) -> Share:
-    return _share("latent cache", tier, tokens * subject.cache_row * layers, f"{tokens:,} tokens", why)
+    row = card_cache_bytes(subject.cache_row, 1, 1) if tier == "gpu" else subject.cache_row
+    return _share("latent cache", tier, tokens * row * layers, f"{tokens:,} tokens", why)
 
 
 def _expert_shares(subject: Subject, layers: Sequence[Residence]) -> list[Share]:

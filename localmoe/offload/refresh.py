@@ -20,6 +20,8 @@ EVERY = 32
 """Passes between two looks: uses are counted on the card and read back then."""
 _MOST = 4  # swaps begun at a time
 _FADE = 0.8  # of what was counted before the last look
+REMEMBERED = EVERY / (1 - _FADE)
+"""Tokens of decoding whose uses count as recent, in sum."""
 
 
 class Slots(Protocol):
@@ -87,7 +89,17 @@ class Refresh:
 
     def expect(self, uses: Tensor, tokens: float) -> None:
         """Count the uses [L, E] by so many tokens of an earlier time as recent ones: by as many as are remembered."""
-        self._recent += uses.double() * min(1.0, EVERY / (1 - _FADE) / tokens)
+        self._recent += uses.double() * min(1.0, REMEMBERED / tokens)
+
+    def settle(self) -> None:
+        """Wait for what is under way and publish it: nothing writes into a slot then. Between passes."""
+        for coming in self._coming:
+            coming.loading.exception()
+        self._receive()
+
+    def recent(self) -> Tensor:
+        """float64 [L, E]: how much each expert was used lately. It waits for the card."""
+        return self._recent + (self._counts.cpu().long() - self._seen)
 
     def close(self) -> None:
         """Wait for what is under way; slots that were being filled stay empty."""

@@ -9,25 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
 
 class SlotTable:
-    """One layer's slots. `of_expert` int32 [E] says which slot an expert has, -1 for none: it is changed in place."""
+    """One layer's slots. `of_expert` int32 [E] says which slot an expert has, -1 for none: it is changed in place.
 
-    def __init__(self, experts: int, held: Sequence[int]) -> None:
+    The experts `held` have the slots `numbers`, one each: 0, 1, ... unless said otherwise.
+    """
+
+    def __init__(self, experts: int, held: Sequence[int], numbers: Sequence[int] | None = None) -> None:
         self.of_expert = torch.full((experts,), -1, dtype=torch.int32)
-        self._held: list[int | None] = list(held)
-        self._generation = [0] * len(held)
-        for slot, expert in enumerate(held):
+        own = range(len(held)) if numbers is None else numbers
+        self._held: dict[int, int | None] = dict(zip(own, held, strict=True))
+        self._generation = dict.fromkeys(self._held, 0)
+        self._generations = count(1)  # none is ever given twice
+        for slot, expert in zip(own, held, strict=True):
             self.of_expert[expert] = slot
 
     @property
     def held(self) -> list[int]:
         """Experts in slots, in the order of these; slots being filled hold none."""
-        return [expert for expert in self._held if expert is not None]
+        return [expert for expert in self._held.values() if expert is not None]
+
+    def slots(self) -> list[tuple[int, int | None]]:
+        """Every slot with its expert, None for one that is being filled."""
+        return list(self._held.items())
 
     def empty(self, slot: int) -> int:
         """Take its expert out of a slot, to fill it with another: returns the generation to say with `fill`."""
@@ -35,17 +45,30 @@ class SlotTable:
         if expert is not None:
             self.of_expert[expert] = -1
         self._held[slot] = None
-        self._generation[slot] += 1
+        self._generation[slot] = next(self._generations)
         return self._generation[slot]
 
     def fill(self, slot: int, generation: int, expert: int) -> bool:
         """All of `expert`'s weights are in the slot. False, and nothing changes, if the slot was emptied once more
-        meanwhile, or the expert has another slot by now."""
-        if generation != self._generation[slot] or self._held[slot] is not None or int(self.of_expert[expert]) >= 0:
+        meanwhile, or taken away, or the expert has another slot by now."""
+        if self._generation.get(slot) != generation or self._held[slot] is not None or int(self.of_expert[expert]) >= 0:
             return False
         self._held[slot] = expert
         self.of_expert[expert] = slot
         return True
+
+    def retire(self, slot: int) -> None:
+        """The slot is the layer's no more. Its expert has none then, and nothing on its way to it is let in."""
+        self.empty(slot)
+        del self._held[slot], self._generation[slot]
+
+    def move(self, slot: int, to: int) -> None:
+        """The expert in a slot has another one from now on, which no table knows, and the layer loses the first."""
+        expert = self._held[slot]
+        assert expert is not None, "only experts are moved"
+        self.retire(slot)
+        self._held[to], self._generation[to] = expert, next(self._generations)
+        self.of_expert[expert] = to
 
     def slot_of(self, expert: int) -> int | None:
         """Its slot, if it has one."""

@@ -19,14 +19,18 @@ from localmoe.errors import ContextOverflowError, DeviceError, InputError, Usage
 from localmoe.formats import int4, int8
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 from localmoe.kernels.dispatch import Kernels
+from localmoe.kernels.triton.weights import slot_bytes
+from localmoe.model.card.arena import Arena
 from localmoe.model.card.model import CardLayout, CardModel
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
 from localmoe.model.kv_cache import LatentCache
+from localmoe.model.layers import expert_weights
 from localmoe.model.shapes import layer_modules, layer_tensors
+from localmoe.model.sizes import card_cache_bytes
 from localmoe.offload.card import CardExperts
 from localmoe.offload.experts import ExpertStore
-from localmoe.offload.refresh import EVERY, Refresh
+from localmoe.offload.refresh import EVERY, REMEMBERED, Refresh
 
 BASE: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -197,9 +201,52 @@ def test_experts_that_change_places_change_nothing_else(device: torch.device) ->
     for _ in range(2 * EVERY + 1):
         refresh.between_passes()
         placed.uses[5:7] += 1
-    assert before == [0, 1]
+    assert sorted(before) == [0, 1]
     assert sorted(placed.table.held) == [5, 6]
     assert_alike(ours, wanted, (9, 2))
+
+
+@pytest.mark.parametrize(("slots", "left"), [(9, 4), (8, 3), (5, 0)], ids=["all at first", "one away", "none at last"])
+def test_slots_are_given_back_as_the_context_grows(
+    slots: int, left: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of a cache that was reserved whole, step by step, and of the reference; the memory is the same all
+    the time, what the cache has of it is no slot's, and the coldest leave."""
+    monkeypatch.setattr("localmoe.model.card.cache.CACHE_STEP", 4)
+    config, tokens = ModelConfig.from_dict(BASE), 48
+    source, chosen = RandomSource(config), Kernels.choose("reference", 1, "float32")
+    slot = slot_bytes(expert_weights(source, "model.layers.1.mlp.experts.0"))
+    a_token = card_cache_bytes(160, 2, 1)
+    assert -(-tokens * a_token // slot) == 5
+    arena = Arena(slots * slot, device, taken=4 * a_token)
+    heat = [[], [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]
+    placed = CardExperts(source, config, chosen, [(), range(8)], device, arena=arena, heat=heat)
+    layout = CardLayout(device, 2, True, tokens, arena=arena)
+    store = ExpertStore(source, config, chosen)
+    ours = CardModel(config, source, chosen, layout, placed.layer, store.layer)
+    whole, wanted = models(device)
+    layer = placed._layers[1]
+    address = arena.memory.data_ptr()
+    assert layer.both_sides == (slots < 9)
+    assert layer.table.held == list(reversed(range(min(8, slots - 1))))
+    ids = torch.randint(0, 96, (tokens,), generator=torch.Generator().manual_seed(1))
+    caches = ours.new_cache(tokens), whole.new_cache(tokens), LatentCache(config, tokens)
+    tolerance = 1e-4 if device.type == "cpu" else 5e-2
+    for part in ids.split([3, 9, 2, 12, 1, 9, 8, 4]):
+        held = {expert: float(placed._uses[1, expert]) for expert in layer.table.held}
+        logits = ours.forward(part, caches[0])
+        for model, cache in ((whole, caches[1]), (wanted, caches[2])):
+            expected = model.forward(part, cache)
+            assert float((logits - expected).abs().max() / expected.abs().max()) <= tolerance
+        assert a_token * caches[0].length <= caches[0].nbytes == arena.taken <= len(arena.memory)
+        assert all(number * slot >= arena.taken for number, _ in layer.table.slots())
+        gone = set(held) - set(layer.table.held)
+        warmth = {expert: uses + REMEMBERED * 3 * heat[1][expert] / 36 for expert, uses in held.items()}
+        assert all(warmth[cold] <= warmth[warm] for cold in gone for warm in layer.table.held)
+    assert arena.memory.data_ptr() == address
+    assert (len(layer.table.held), layer.both_sides) == (left, True)
+    with pytest.raises(ContextOverflowError, match="holds 48 tokens"):
+        ours.forward(torch.arange(1), caches[0])
 
 
 @pytest.mark.parametrize(("layers", "head"), [(1, True), (2, False)])

@@ -84,6 +84,16 @@ def test_the_card_is_never_asked_for_more_than_its_budget(name: str, gib: int, c
     full, empty = place(model, budgets), place(model, budgets, 0)
     assert sum(h.gpu_experts for h in full.layers) <= sum(h.gpu_experts for h in empty.layers)
     assert [h.on_gpu for h in full.layers] == [h.on_gpu for h in empty.layers]
+    slot = model.sizes.expert
+    assert full.arena == empty.arena  # made once: what the cache takes of it, the experts have had before
+    every = sum(size.experts for size, home in zip(model.sizes.layers, full.layers, strict=True) if home.on_gpu)
+    for tokens in (0, full.context // 3, full.context):
+        placement = place(model, budgets, tokens)
+        cache = tokens * model.cache_row * sum(home.on_gpu for home in full.layers)
+        unused = full.arena - cache - placement.gpu_experts * slot
+        assert unused >= 0
+        assert unused < 2 * slot or placement.gpu_experts == every
+    assert max(full.nbytes("gpu"), empty.nbytes("gpu")) <= full.vram == empty.vram <= gib * GIB
 
 
 def test_v3_always_active_part_moves_to_the_cpu_layer_by_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -164,3 +165,19 @@ def test_hits_are_booked_by_who_had_a_slot_when_a_token_came() -> None:
     assert after.tolist() == [[0, 0], [13, 109]]
     assert rates(after - before, [0.25, 0.5]) == [0.25, 0.75]
     assert rates(before - before, [0.25, 0.5]) == [0.25, 0.5]
+
+
+def test_what_is_under_way_arrives_before_a_slot_is_given_back() -> None:
+    layer, counts, later = Layer(4, [0]), torch.zeros(1, 4, dtype=torch.int32), Later()
+    refresh = Refresh({0: layer}, counts, later)
+    counts[0, 2] = 50
+    passes(refresh, EVERY)
+    assert layer.table.held == []
+    counts[0, 1] = 3
+    assert refresh.recent().tolist() == [[0, 3, 50, 0]]
+    arrives = threading.Timer(0.05, later.run)
+    arrives.start()
+    refresh.settle()  # waits for it
+    assert layer.table.held == [2]
+    layer.check()
+    refresh.close()

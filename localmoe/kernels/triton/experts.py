@@ -30,6 +30,7 @@ class ExpertStack:
 @triton.jit
 def gate_up_kernel(
     x, gate, gate_scales, up, up_scales, table, expert_ids, slots, hidden, length, height, top, x_stride, hidden_stride,
+    slot_stride, scales_stride,
     KIND: tl.constexpr, GROUP: tl.constexpr, OCTETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Programs: (pair of token and expert, block of the expert's rows). hidden float32 [T * k, I], in octets or not."""
@@ -38,10 +39,15 @@ def gate_up_kernel(
     if slot >= 0:
         rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         rows_ok = rows < height
-        at = slot * height + rows
+        at = rows.to(tl.int64)
+        own, own_scales = slot * slot_stride, slot * scales_stride
         source = x + (pair // top) * x_stride
-        g = row_products(source, gate, gate_scales, table, at, rows_ok, length, KIND, GROUP, BLOCK_N, BLOCK_K)
-        u = row_products(source, up, up_scales, table, at, rows_ok, length, KIND, GROUP, BLOCK_N, BLOCK_K)
+        g = row_products(
+            source, gate + own, gate_scales + own_scales, table, at, rows_ok, length, KIND, GROUP, BLOCK_N, BLOCK_K
+        )
+        u = row_products(
+            source, up + own, up_scales + own_scales, table, at, rows_ok, length, KIND, GROUP, BLOCK_N, BLOCK_K
+        )
         place = (rows % 8) * (height // 8) + rows // 8 if OCTETS else rows
         tl.store(hidden + pair * hidden_stride + place, g / (1.0 + tl.exp(-g)) * u, mask=rows_ok)
 
@@ -49,6 +55,7 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     hidden, down, down_scales, table, expert_ids, slots, weights, out, length, height, top, hidden_stride, out_stride,
+    slot_stride, scales_stride,
     KIND: tl.constexpr, GROUP: tl.constexpr, FRESH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Programs: (token, block of rows). Adds the token's experts to `out`, or to 0, in the order they are named."""
@@ -62,8 +69,8 @@ def down_kernel(
         slot = tl.load(slots + tl.load(expert_ids + pair)).to(tl.int64)
         if slot >= 0:
             product = row_products(
-                hidden + pair * hidden_stride, down, down_scales, table, slot * height + rows, rows_ok, length,
-                KIND, GROUP, BLOCK_N, BLOCK_K,
+                hidden + pair * hidden_stride, down + slot * slot_stride, down_scales + slot * scales_stride, table,
+                rows.to(tl.int64), rows_ok, length, KIND, GROUP, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             total += tl.load(weights + pair) * product
     tl.store(target, total, mask=rows_ok)
@@ -92,12 +99,12 @@ def add_experts(
     common = {"BLOCK_N": launch.matvec_rows, "BLOCK_K": launch.matvec_columns, "num_warps": launch.matvec_warps}
     gate_up_kernel[(tokens * top, triton.cdiv(gate.out_features, launch.matvec_rows))](
         x, gate.values, gate.scales, up.values, up.scales, gate.table, expert_ids, stack.slots, hidden,
-        gate.in_features, gate.out_features, top, x.stride(0), hidden.stride(0),
+        gate.in_features, gate.out_features, top, x.stride(0), hidden.stride(0), *gate.strides,
         KIND=gate.kind, GROUP=gate.group, OCTETS=down.octets, **common,
     )  # fmt: skip
     down_kernel[(tokens, triton.cdiv(down.out_features, launch.matvec_rows))](
         hidden, down.values, down.scales, down.table, expert_ids, stack.slots, weights, out,
-        down.in_features, down.out_features, top, hidden.stride(0), out.stride(0),
+        down.in_features, down.out_features, top, hidden.stride(0), out.stride(0), *down.strides,
         KIND=down.kind, GROUP=down.group, FRESH=fresh, **common,
     )  # fmt: skip
     return out

@@ -53,7 +53,7 @@ def sort_pairs(expert_ids: Tensor, experts: int, launch: Launch) -> Blocks:
 @triton.jit
 def grouped_gate_up_kernel(
     x, gate, gate_scales, up, up_scales, table, order, block_expert, block_start, block_count, slots, hidden,
-    length, height, top, x_stride, hidden_stride,
+    length, height, top, x_stride, hidden_stride, slot_stride, scales_stride,
     KIND: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -67,13 +67,14 @@ def grouped_gate_up_kernel(
         tokens = (tl.load(order + place, mask=there, other=0) // top).to(tl.int64)
         rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         rows_ok = rows < height
-        at = slot * height + rows
+        at = rows.to(tl.int64)
+        own, own_scales = slot * slot_stride, slot * scales_stride
         g = tile_products(
-            x, tokens, there, x_stride, gate, gate_scales, table, at, rows_ok, length,
+            x, tokens, there, x_stride, gate + own, gate_scales + own_scales, table, at, rows_ok, length,
             KIND, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, DOT,
         )  # fmt: skip
         u = tile_products(
-            x, tokens, there, x_stride, up, up_scales, table, at, rows_ok, length,
+            x, tokens, there, x_stride, up + own, up_scales + own_scales, table, at, rows_ok, length,
             KIND, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, DOT,
         )  # fmt: skip
         target = hidden + place[:, None] * hidden_stride + rows[None, :]
@@ -83,7 +84,7 @@ def grouped_gate_up_kernel(
 @triton.jit
 def grouped_down_kernel(
     hidden, down, down_scales, table, order, block_expert, block_start, block_count, slots, weights, out,
-    length, height, hidden_stride, out_stride,
+    length, height, hidden_stride, out_stride, slot_stride, scales_stride,
     KIND: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +99,8 @@ def grouped_down_kernel(
         rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         rows_ok = rows < height
         product = tile_products(
-            hidden, place, there, hidden_stride, down, down_scales, table, slot * height + rows, rows_ok, length,
-            KIND, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, DOT,
+            hidden, place, there, hidden_stride, down + slot * slot_stride, down_scales + slot * scales_stride, table,
+            rows.to(tl.int64), rows_ok, length, KIND, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, DOT,
         )  # fmt: skip
         weight = tl.load(weights + pairs, mask=there, other=0.0)
         target = out + pairs[:, None] * out_stride + rows[None, :]
@@ -124,11 +125,12 @@ def grouped_experts(
     grouped_gate_up_kernel[(count, triton.cdiv(gate.out_features, launch.matmul_rows))](
         x, gate.values, gate.scales, up.values, up.scales, gate.table, *table, hidden,
         gate.in_features, gate.out_features, weights.shape[1], x.stride(0), hidden.stride(0),
+        *gate.strides,
         KIND=gate.kind, GROUP=gate.group, BLOCK_K=max(launch.grouped_columns, gate.group), **knobs,
     )  # fmt: skip
     grouped_down_kernel[(count, triton.cdiv(down.out_features, launch.matmul_rows))](
         hidden, down.values, down.scales, down.table, *table, weights, out,
-        down.in_features, down.out_features, hidden.stride(0), out.stride(0),
+        down.in_features, down.out_features, hidden.stride(0), out.stride(0), *down.strides,
         KIND=down.kind, GROUP=down.group, BLOCK_K=max(launch.matmul_columns, down.group), **knobs,
     )  # fmt: skip
     return out

@@ -48,7 +48,7 @@ def latent_kernel(
             # half to even, as torch rounds: adding and taking away 1.5 * 2**23
             number = (number + 12582912.0) - 12582912.0
             number = tl.minimum(tl.maximum(number, -127.0), 127.0) + 128.0
-            row = cache_bytes + position * (RANK + 2 * ROPE + 4)
+            row = cache_bytes + position * cache_stride
             tl.store(row + place, number.to(tl.uint8), mask=inside)
             keys = (row + RANK).to(tl.pointer_type(tl.bfloat16))
             tl.store((row + RANK + 2 * ROPE).to(tl.pointer_type(tl.float32)), scale)
@@ -66,7 +66,7 @@ def store_latents(
 
     q float32 [T, A, n + p]; kv float32 [T, r + p] (rows may be strided); norm float32 [r]; rotations float32
     [positions, p], as real and imaginary parts; start int32 [1] on the device; cache [S, r + p] float32 or bfloat16,
-    or uint8 [S, r + 2p + 4]. Raises ValueError for an int8 row whose parts are not aligned.
+    or uint8 [S, r + 2p + 4], whose rows may be strided. Raises ValueError for an int8 row whose parts are not aligned.
     """
     tokens, heads, width = q.shape
     rope = width - nope

@@ -53,7 +53,7 @@ def decode_kernel(
             keys = (key + tl.arange(0, BLOCK_S)).to(tl.int64)
             there = keys < end
             if PACKED:
-                base = cache_bytes + keys * (RANK + 2 * ROPE + 4)
+                base = cache_bytes + keys * cache_stride
                 code = tl.load(base[:, None] + at[None, :], mask=there[:, None] & in_rank[None, :], other=128)
                 latent = (code.to(tl.float32) - 128.0).to(DOT)  # exact in bf16 too
                 unit = tl.load((base + RANK + 2 * ROPE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)

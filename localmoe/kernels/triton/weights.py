@@ -15,11 +15,15 @@ from localmoe.formats.scheme import NF4_BLOCK
 from localmoe.formats.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Nf4Weight, Weight, dequantize
 
 _DENSE, _INT4, _INT8, _NF4 = range(4)  # as unpack.py numbers them
+_ALIGNED = 16  # what a program loads at a time
+SLOT_UNIT = 256
+"""A slot's bytes are a multiple of this: Triton then knows that all in it is aligned, whatever its dtype."""
 
 
 @dataclass(frozen=True)
 class DeviceMatrix:
-    """`count` matrices [out, in], stacked. `values` are [count * out, words], `scales` [count * out, groups].
+    """`count` matrices [out, in], stacked. `values` are [count * out, words], `scales` [count * out, groups]; where
+    a stack's matrices do not follow each other directly both have a dimension more, [count, out, ...].
 
     `table` holds NF4's sixteen values; of the other forms it, and a dense one's `scales`, is a placeholder.
     """
@@ -42,6 +46,14 @@ class DeviceMatrix:
     def nbytes(self) -> int:
         return self.values.nbytes + (self.scales.nbytes if self.octets else 0)
 
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From one matrix of the stack to the next: elements of `values` and of `scales`."""
+        if self.values.dim() == 3:
+            return self.values.stride(0), self.scales.stride(0) if self.octets else 0
+        scales = self.out_features * self.scales.shape[1] if self.octets else 0
+        return self.out_features * self.values.shape[1], scales
+
     def rows(self, first: int, last: int) -> DeviceMatrix:
         """Rows [first, last) of the first matrix, as a matrix of their own over the same memory."""
         scales = self.scales[first:last] if self.octets else self.scales
@@ -55,7 +67,8 @@ class DeviceMatrix:
             self.kind, self.group, self.out_features, self.in_features
         ):  # fmt: skip
             raise DeviceError("the CUDA kernels need all matrices of a stack to have one form and shape")
-        rows = slice(place * self.out_features, (place + 1) * self.out_features)
+        apart = self.values.dim() == 3
+        rows = place if apart else slice(place * self.out_features, (place + 1) * self.out_features)
         self.values[rows].copy_(values, non_blocking=True)
         if self.octets:
             self.scales[rows].copy_(scales, non_blocking=True)
@@ -74,14 +87,49 @@ def empty_stack(like: Weight, count: int, device: torch.device, *, pinned: bool 
     """Room for `count` matrices of the form and shape of `like`, or in pinned CPU memory for copies to such. Raises
     DeviceError as `upload` does."""
     kind, group, values, scales = _parts(like)
-    if kind != _DENSE and like.in_features % 8:
-        raise DeviceError(f"the CUDA kernels need rows of a multiple of 8 weights, not {like.in_features}")
+    _check_rows(kind, like)
     room = [
         torch.empty(count * part.shape[0], *part.shape[1:], dtype=part.dtype, device=device, pin_memory=pinned)
         for part in (values, scales)
     ]
     table = torch.tensor(nf4.VALUES, dtype=torch.float32, device=device)
     return DeviceMatrix(kind, group, count, like.out_features, like.in_features, room[0], room[1], table)
+
+
+def slot_bytes(weights: Sequence[Weight]) -> int:
+    """Bytes of a slot that holds one of each of these matrices, as `slot_stacks` lays them out."""
+    return _up(sum(_up(part.nbytes, _ALIGNED) for weight in weights for part in _parts(weight)[2:]), SLOT_UNIT)
+
+
+def slot_stacks(likes: Sequence[Weight], memory: Tensor) -> list[DeviceMatrix]:
+    """A stack for each of `likes`, one matrix of each in a slot: uint8 `memory` [slots, bytes], at least `slot_bytes`
+    each and a multiple of `SLOT_UNIT`. Raises DeviceError as `upload` does."""
+    stacks, at = [], 0
+    for like in likes:
+        kind, group, *parts = _parts(like)
+        _check_rows(kind, like)
+        views = []
+        for part in parts:
+            if part.numel() == 0:
+                views.append(part.to(memory.device))
+                continue
+            own = memory[:, at : at + part.nbytes].view(part.dtype)  # [slots, numel]
+            views.append(own.unflatten(1, part.shape))
+            at += _up(part.nbytes, _ALIGNED)
+        table = torch.tensor(nf4.VALUES, dtype=torch.float32, device=memory.device)
+        stacks.append(
+            DeviceMatrix(kind, group, len(memory), like.out_features, like.in_features, views[0], views[1], table)
+        )
+    return stacks
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _check_rows(kind: int, like: Weight) -> None:
+    if kind != _DENSE and like.in_features % 8:
+        raise DeviceError(f"the CUDA kernels need rows of a multiple of 8 weights, not {like.in_features}")
 
 
 def _parts(weight: Weight) -> tuple[int, int, Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""The latent cache where it is read: on the card for the layers that are there, in CPU memory for the others."""
+"""The latent cache where it is read: on the card for the layers that are there, in CPU memory for the others.
+
+On the card a token's rows of all layers lie beside each other: the cache grows at its end, and no row ever moves. A row
+of 1,152 bytes (512 + 64 in bf16) is long enough to be read alone; SGLang's pages of MLA's cache are one row by default.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,45 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import ContextOverflowError, UsageError
+from localmoe.model.card.arena import Arena
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache, row_bytes
+from localmoe.model.sizes import CACHE_STEP, card_cache_bytes
 
 
 class CardLatents:
-    """The card's part, taken once for the whole context: a CUDA graph knows it by its address. One cache at a time
-    holds it."""
+    """The card's part, at one address that CUDA graphs know: the front of `arena`, of which it takes more as
+    the context grows; without one all of it at once. One cache at a time holds it."""
 
     def __init__(
-        self, config: ModelConfig, capacity: int, dtype: torch.dtype, layers: Iterable[int], device: torch.device
+        self,
+        config: ModelConfig,
+        capacity: int,
+        dtype: torch.dtype,
+        layers: Iterable[int],
+        device: torch.device,
+        arena: Arena | None = None,
     ) -> None:
         stored = torch.uint8 if dtype == torch.int8 else dtype
         width, indices = row_bytes(config, dtype) // stored.itemsize, list(layers)
-        memory = torch.zeros(len(indices), capacity, width, dtype=stored, device=device)
+        self._token = card_cache_bytes(row_bytes(config, dtype), len(indices), 1)
         self.capacity = capacity
-        self.rows = dict(zip(indices, memory.unbind(0), strict=True))
+        if arena is None:
+            arena = Arena(capacity * self._token, device, taken=capacity * self._token)
+        self._arena = arena
+        memory = arena.memory[: capacity * self._token].view(stored).view(capacity, len(indices), -1)
+        self.rows = dict(zip(indices, memory[..., :width].unbind(1), strict=True))
         self.holder: CardCache | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are the cache's now."""
+        return min(self._arena.taken, self.capacity * self._token)
+
+    def make_room(self, tokens: int) -> None:
+        """Have the rows of so many tokens, up to `capacity`. Between passes."""
+        if tokens * self._token > self._arena.taken:
+            self._arena.take(min(-(-tokens // CACHE_STEP) * CACHE_STEP, self.capacity) * self._token)
 
 
 class CardCache(LatentCache):
@@ -44,7 +70,7 @@ class CardCache(LatentCache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated now, over all layers."""
-        return super().nbytes + sum(rows.nbytes for rows in self._latents.rows.values())
+        return super().nbytes + self._latents.nbytes
 
     def reserve(self, layer: int, count: int) -> Tensor:
         """As `LatentCache.reserve`; rows of the card's layers are on the card."""
@@ -58,9 +84,10 @@ class CardCache(LatentCache):
         return self._latents.rows[layer]
 
     def check_room(self, count: int) -> None:
-        """Raises ContextOverflowError where `count` more tokens do not fit, UsageError for a cache that lost its
-        memory."""
+        """Have room for `count` more tokens. Between passes. Raises ContextOverflowError where they do not fit,
+        UsageError for a cache that lost its memory."""
         if self._latents.holder is not self:
             raise UsageError("another generation has begun on the card; finish one before the next")
         if self.length + count > self.capacity:
             raise ContextOverflowError(f"the context holds {self.capacity} tokens and {self.length + count} are needed")
+        self._latents.make_room(self.length + count)

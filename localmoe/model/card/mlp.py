@@ -24,10 +24,18 @@ from localmoe.model.layers import WeightSource, expert_weights
 class RoutedExperts(Protocol):
     """One layer's routed experts, some on the card and some not. Ids are int32 [T, k], weights float32 [T, k]."""
 
-    captures: bool
-    """Whether a CUDA graph can hold its passes of up to 8 rows."""
     uses: Tensor
     """int32 [E] on the card: the router counts there."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold its passes of up to 8 rows."""
+        ...
+
+    @property
+    def both_sides(self) -> bool:
+        """Whether some are not on the card. Once it is so it stays so, and may become so between passes."""
+        ...
 
     def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, mark: Mark) -> None:
         """Start what is not computed on the card for up to 8 rows, hidden float32 [T, H]. Marks what it takes."""
@@ -89,6 +97,11 @@ class CardMoE:
     def captures(self) -> bool:
         """As `RoutedExperts.captures`."""
         return self._experts.captures
+
+    @property
+    def both_sides(self) -> bool:
+        """As `RoutedExperts.both_sides`."""
+        return self._experts.both_sides
 
     @property
     def uses(self) -> Tensor:

@@ -15,6 +15,7 @@ from localmoe.kernels.triton.launch import Launch, launch_for
 from localmoe.kernels.triton.matvec import new_output
 from localmoe.kernels.triton.norm import rms_norm
 from localmoe.kernels.triton.weights import octets
+from localmoe.model.card.arena import Arena
 from localmoe.model.card.attention import CardAttention, CardLinear
 from localmoe.model.card.cache import CardCache, CardLatents
 from localmoe.model.card.mlp import CardMlp, CardMoE, RoutedExperts
@@ -48,13 +49,15 @@ class Split:
 @dataclass(frozen=True)
 class CardLayout:
     """What goes to the card: the first `layers` layers with `context` tokens of their cache, and the head or not.
-    `chunk` is how many tokens of a prompt there is room for at a time."""
+    `chunk` is how many tokens of a prompt there is room for at a time. Of `arena` the cache takes what the
+    context needs as it grows; without one, memory of its own for the whole."""
 
     device: torch.device
     layers: int
     head: bool
     context: int
     chunk: int = 512
+    arena: Arena | None = None
 
 
 class CardLayer:
@@ -91,6 +94,11 @@ class CardLayer:
     def captures(self) -> bool:
         """Whether a CUDA graph can hold `few`."""
         return not isinstance(self._mlp, CardMoE) or self._mlp.captures
+
+    @property
+    def both_sides(self) -> bool:
+        """Whether some of its experts are not on the card."""
+        return isinstance(self._mlp, CardMoE) and self._mlp.both_sides
 
     def few(
         self, rows: RowBuffers, count: int, cache: Tensor, rotations: Tensor, *, first: bool, mark: Mark = UNMARKED
@@ -159,9 +167,13 @@ class CardModel:
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
         self._head = CardLinear.of(source, head, device) if layout.head else Linear(source, head, kernels)
         self._card_norm = self._norm.weight.to(device)
-        self._latents = CardLatents(config, layout.context, kernels.cache_dtype, range(layout.layers), device)
+        self._arena = layout.arena or Arena(0, device)
+        self._times_given_back, self._both_sides = 0, self._count_both_sides()
+        self._latents = CardLatents(
+            config, layout.context, kernels.cache_dtype, range(layout.layers), device, layout.arena
+        )
         self._rows = RowBuffers(config, device, self._launch)
-        self._replay = Replay(device, captures=all(layer.captures for layer in self._layers))
+        self._replay = Replay(device, captures=lambda: all(layer.captures for layer in self._layers))
         pinned = device.type == "cuda"
         self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
         self._staged = torch.empty(MOST_ROWS, config.hidden_size, pin_memory=pinned)
@@ -353,3 +365,15 @@ class CardModel:
         if not isinstance(cache, CardCache):
             raise UsageError("a model on a card needs a cache of its own, from new_cache")
         cache.check_room(len(token_ids))
+        if self._arena.times != self._times_given_back:
+            self._after_giving_back()
+
+    def _after_giving_back(self) -> None:
+        """Nothing has moved that a graph knows; but one of a layer that was whole on the card leaves the CPU out."""
+        self._times_given_back = self._arena.times
+        if self._both_sides != self._count_both_sides():
+            self._both_sides = self._count_both_sides()
+            self._replay.forget()
+
+    def _count_both_sides(self) -> int:
+        return sum(layer.both_sides for layer in self._layers)

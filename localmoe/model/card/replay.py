@@ -12,9 +12,10 @@ class Replay:
     it. A body must do the same to the same memory each time, and allocate nothing that outlives it. Where it cannot be
     captured, or the device is no CUDA device, it is always run as it is."""
 
-    def __init__(self, device: torch.device, *, captures: bool = True) -> None:
+    def __init__(self, device: torch.device, *, captures: Callable[[], bool] = lambda: True) -> None:
         self._device = device
-        self._captures = captures and device.type == "cuda"
+        self._can_capture = captures
+        self._captures = device.type == "cuda" and captures()
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
     def __call__(self, rows: int, body: Callable[[], None]) -> None:
@@ -33,8 +34,10 @@ class Replay:
         self._graphs[rows] = None
 
     def forget(self) -> None:
-        """Capture again what is run next: something that the graphs know by its address has moved."""
-        self._graphs = dict.fromkeys(self._graphs)
+        """Begin again, and look once more whether passes can be captured: they do something else from now on. None may
+        be running."""
+        self._graphs.clear()
+        self._captures = self._device.type == "cuda" and self._can_capture()
 
     def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -1,0 +1,34 @@
+"""One allocation of the card's memory for what grows against each other: the latent cache from its front, and behind it
+expert slots, which are given back from there on as the cache needs their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import DeviceError
+
+
+class Arena:
+    """Made once, so that memory never fails late, and nothing in it moves: a CUDA graph knows it by its address."""
+
+    def __init__(self, nbytes: int, device: torch.device, taken: int = 0) -> None:
+        self.memory: Tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.taken = taken
+        """Bytes at the front that are not, or no more, expert slots'."""
+        self.give_back: Callable[[int], None] = lambda nbytes: None
+        """Called before the first so many bytes become the cache's: when it returns nothing else is in them."""
+        self.times = 0
+        """How often it was called."""
+
+    def take(self, nbytes: int) -> None:
+        """Have the first `nbytes` for the cache. Between passes. Raises DeviceError for more than there is."""
+        if nbytes <= self.taken:
+            return
+        if nbytes > len(self.memory):
+            raise DeviceError(f"{nbytes} bytes of the card are wanted for the cache and {len(self.memory)} are there")
+        self.give_back(nbytes)
+        self.taken = nbytes
+        self.times += 1
