@@ -2,15 +2,14 @@
 
 Pure. The order of what gets the card's memory: its own workspace, whole layers (attention, router, shared expert or
 dense MLP) with the latent cache of the context, the head, then routed experts, the hottest first: these have the
-cache's place until the context needs it. CPU memory takes the
-layers that the card has no room for and the experts in order of heat; the coldest stay on the disk, mapped.
+cache's place until the context needs it. CPU memory takes the layers that the card has no room for and the experts in
+order of heat; the coldest stay on the disk, mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from localmoe.errors import DeviceError, UsageError
 from localmoe.memory import LEAST_CONTEXT, USABLE, MemoryNeeds, choose_context
@@ -18,8 +17,7 @@ from localmoe.model.config import ModelConfig
 from localmoe.model.sizes import card_cache_bytes, card_workspace
 from localmoe.offload.machine import GIB, Machine
 from localmoe.offload.predict import CHUNK, GPU_CHUNK, Residence, Speed, Subject, decode, prefill, stream_from
-
-Tier = Literal["gpu", "ram", "disk"]
+from localmoe.offload.shares import Share, Tier, always_shares, cache_share, expert_shares, rest
 
 CUDA_CONTEXT = 512 << 20  # the driver's and the libraries' own, in every process that computes on a card
 STAGING = 128 << 20  # two buffers of 64 MiB that experts are streamed through, on either side
@@ -35,17 +33,6 @@ class Budgets:
     ram: int | None = None
     vram: int | None = None
     context: int | None = None
-
-
-@dataclass(frozen=True)
-class Share:
-    """One part of the model in one place, and why it is there."""
-
-    part: str
-    tier: Tier
-    nbytes: int
-    what: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -187,11 +174,11 @@ def _place_on_cpu(subject: Subject, budgets: Budgets, held: int | None) -> Place
     layers = _place_experts(subject, [False] * len(sizes.layers), 0, room)
     cached = context if held is None else min(held, context)
     shares = [
-        *_always_shares(subject, layers, "ram", "every token reads it, and there is no card to hold it"),
-        _share("head", "ram", sizes.head.nbytes, "", "every token reads it"),
-        _cache_share(subject, "ram", cached, len(layers), "it grows with the context; all of it is reserved here"),
-        *_expert_shares(subject, layers),
-        *_rest(subject),
+        *always_shares(subject, layers, "ram", "every token reads it, and there is no card to hold it"),
+        Share("head", "ram", sizes.head.nbytes, "", "every token reads it"),
+        cache_share(subject, "ram", cached, len(layers), "it grows with the context; all of it is reserved here"),
+        *expert_shares(subject, layers),
+        *rest(subject),
     ]
     return Placement(context, longest, layers, False, tuple(share for share in shares if share.nbytes))
 
@@ -207,21 +194,19 @@ def _place_on_gpu(subject: Subject, budgets: Budgets, vram: int, held: int | Non
     arena, slots = _arena(subject, room - used - sizes.head.nbytes * head, on_gpu, context, cached)
     layers = _place_experts(subject, on_gpu, slots, _ram_room(subject, budgets, on_gpu, head, context))
     shares = [
-        _share(
+        Share(
             "workspace", "gpu", gpu_workspace(subject.config, vram), "", "CUDA's own, staging, a chunk's activations"
         ),
-        *_always_shares(subject, layers, "gpu", "every token reads it, so it is worth most on the card"),
-        _cache_share(
+        *always_shares(subject, layers, "gpu", "every token reads it, so it is worth most on the card"),
+        cache_share(
             subject, "gpu", cached, sum(on_gpu), "it grows with the context, and the coldest experts make room"
         ),
-        _share("head", "gpu" if head else "ram", sizes.head.nbytes, "", "every token reads it"),
-        *_always_shares(subject, layers, "ram", "--vram has no room for these layers: the CPU computes them"),
-        _cache_share(subject, "ram", cached, len(on_gpu) - sum(on_gpu), "beside the layers that it belongs to"),
-        *_expert_shares(subject, layers),
-        _share(
-            "staging", "ram", STAGING, "pinned", "a mapped file cannot be pinned: weights go to the card through it"
-        ),
-        *_rest(subject),
+        Share("head", "gpu" if head else "ram", sizes.head.nbytes, "", "every token reads it"),
+        *always_shares(subject, layers, "ram", "--vram has no room for these layers: the CPU computes them"),
+        cache_share(subject, "ram", cached, len(on_gpu) - sum(on_gpu), "beside the layers that it belongs to"),
+        *expert_shares(subject, layers),
+        Share("staging", "ram", STAGING, "pinned", "a mapped file cannot be pinned: weights go to the card through it"),
+        *rest(subject),
     ]
     return Placement(context, longest, layers, head, tuple(share for share in shares if share.nbytes), arena)
 
@@ -328,66 +313,6 @@ def _by_heat(subject: Subject) -> list[tuple[float, int, int]]:
         total = sum(heat)
         found += [(k * each / total if total else 0.0, expert, index) for expert, each in enumerate(heat)]
     return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
-
-
-def _always_shares(subject: Subject, layers: Sequence[Residence], tier: Tier, why: str) -> list[Share]:
-    here = [size for size, home in zip(subject.sizes.layers, layers, strict=True) if home.on_gpu == (tier == "gpu")]
-    what = f"{len(here)} of {len(layers)} layers" if len(here) < len(layers) else _layers(layers)
-    dense = [size for size in here if not size.experts]
-    moe = [size for size in here if size.experts]
-    return [
-        _share("attention, norms", tier, sum(size.attention.nbytes for size in here), what, why),
-        _share("dense MLP", tier, sum(size.mlp.nbytes for size in dense), _layers(dense), why),
-        _share("router, shared expert", tier, sum(size.mlp.nbytes for size in moe), _layers(moe), why),
-    ]
-
-
-def _layers(layers: Sequence[object]) -> str:
-    return "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
-
-
-def _cache_share(subject: Subject, tier: Tier, tokens: int, layers: int, why: str) -> Share:
-    row = card_cache_bytes(subject.cache_row, 1, 1) if tier == "gpu" else subject.cache_row
-    return _share("latent cache", tier, tokens * row * layers, f"{tokens:,} tokens", why)
-
-
-def _expert_shares(subject: Subject, layers: Sequence[Residence]) -> list[Share]:
-    sizes, k = subject.sizes, subject.config.num_experts_per_tok
-    total = sum(layer.experts for layer in sizes.layers)
-    placed = list(zip(sizes.layers, layers, strict=True))
-    moe = sum(bool(size.experts) for size in sizes.layers)
-    gpu, disk = sum(home.gpu_experts for home in layers), sum(home.disk_experts for home in layers)
-    hits = sum(home.gpu_hits for home in layers) / moe if moe else 0.0
-    misses = sum(home.disk_hits for home in layers) / moe if moe else 0.0
-    known = "the hottest" if subject.heat is not None else "no heat counted yet, all alike"
-    on_disk = sum(home.disk_experts * size.expert.nbytes for size, home in placed)
-    slots = gpu * sizes.expert if gpu else 0
-    in_ram = sizes.experts - on_disk - sum(home.gpu_experts * size.expert.nbytes for size, home in placed)
-    return [
-        _share("routed experts", "gpu", slots, f"{gpu:,} of {total:,}", f"{known}: {hits:.0%} of the uses"),
-        _share(
-            "routed experts", "ram", in_ram, f"{total - gpu - disk:,} of {total:,}",
-            f"a token reads {k} a layer: the CPU computes them where they lie",
-        ),
-        _share(
-            "routed experts", "disk", on_disk, f"{disk:,} of {total:,}",
-            f"CPU memory is full: {misses:.0%} of the uses wait for the disk",
-        ),
-    ]  # fmt: skip
-
-
-def _rest(subject: Subject) -> list[Share]:
-    """What is mapped and hardly read."""
-    sizes, config = subject.sizes, subject.config
-    row = sizes.embedding // config.vocab_size
-    return [
-        _share("embedding", "ram", sizes.embedding, "mapped", f"a token reads one row of {row:,} bytes"),
-        _share("MTP layers", "disk", sizes.mtp, "", "they guess tokens where that pays; not reckoned with"),
-    ]
-
-
-def _share(part: str, tier: Tier, nbytes: int, what: str, why: str) -> Share:
-    return Share(part, tier, nbytes, what, why)
 
 
 def _advice(subject: Subject, machine: Machine, budgets: Budgets, now: Placement) -> tuple[Advice, ...]:

@@ -13,8 +13,9 @@ from localmoe.cli.kept import Kept
 from localmoe.cli.settings import GREEDY
 from localmoe.cli.status import fitting, folded, status
 from localmoe.cli.talk import Asking, Chat
-from localmoe.offload.plan import Placement, Share
+from localmoe.offload.plan import Placement
 from localmoe.offload.predict import Residence
+from localmoe.offload.shares import Share
 
 FakeEngine = sys.modules["fake_localmoe"].FakeEngine  # conftest.py puts it there
 LAST = Answer(decode_tokens_per_second=12.345)
