@@ -110,10 +110,10 @@ def test_what_would_help_a_card_is_reckoned_as_plan_does() -> None:
     assert small.changes == sorted(small.changes, key=lambda change: -change.gain)
 
     def predicted(vram: int) -> float:
-        placed = place(model, Budgets(vram=vram, context=4096))
+        placed = place(model, Budgets(vram=vram, context=4096), held=HELD)
         return decode(model, machine, placed.layers, placed.head_on_gpu, HELD).tokens_per_second
 
-    vram = placement.nbytes("gpu")
+    vram = placement.vram
     assert more.gain == pytest.approx(predicted(vram + (2 << 30)) / predicted(vram) - 1)
     assert more.tokens_per_second == pytest.approx(10 * (1 + more.gain))
     assert (small.limit_share, small.bytes_per_token) == (None, {})  # one part, of which nothing more is known
