@@ -105,11 +105,11 @@ def _giving_back(bench: Any, vram: int, text: str) -> dict[str, Any]:
     """The demo as its cache grows into the places of experts: the same logits, and decode goes on from its graphs."""
     from localmoe.load import load
 
-    count, answer = (700, 24) if bench.on_gpu else (2, 1)
-    with load("demo:source", device="cpu", kernels="reference", ctx=1024) as reference:
+    count, answer = (480, 24) if bench.on_gpu else (2, 1)
+    with load("demo:source", device="cpu", kernels="reference", ctx=512) as reference:
         ids = (reference.prompt_ids(text) * 8)[:count]
         wanted = reference.logits(ids).log_softmax(-1)
-    with opened("demo:source", bench.device, vram, 1024, deterministic=False) as engine:
+    with opened("demo:source", bench.device, vram, 512, deterministic=False) as engine:
         arena = engine.model._latents._arena
         list(engine.generate(ids[:16], max_tokens=answer))  # graphs are captured
         before = arena.times
