@@ -165,6 +165,7 @@ class Team:
     def _work(self, rank: int, lead: Connection, ends: Sequence[Connection]) -> None:
         """What the others do until the first has ended."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends them
+        torch.set_num_threads(1)  # OpenMP's threads don't outlive a fork either; it would wait for them for ever
         for end in ends:
             end.close()  # or this process would hold open what tells another that the first has ended
         self._use(rank)

@@ -31,7 +31,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' + ('<think>\\n' if thinking else '</think>') }}{% endif %}"
 )
 HELD_OUT = 40  # one story in so many is never trained on
-LONG = 1500  # characters of an answer made of whole paragraphs
+LONG, SHORT = 1500, 300  # characters of an answer made of whole paragraphs: about so many, and never fewer
+PAGE = 160  # characters: pages of a picture book with fewer are read as one paragraph
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,19 @@ class Story:
 
     @property
     def paragraphs(self) -> list[str]:
-        return [part.strip() for part in self.text.split("\n\n") if part.strip()]
+        parts = [part.strip() for part in self.text.split("\n\n") if part.strip()]
+        return pages_joined(parts) if self.kind == "simple" else parts
+
+
+def pages_joined(pages: Sequence[str]) -> list[str]:
+    """Paragraphs of whole sentences where a page has one; lines of a verse stay as they are."""
+    joined = list(pages[:1])
+    for page in pages[1:]:
+        if len(joined[-1]) < PAGE and joined[-1].endswith((".", "!", "?", '."', '!"', '?"')):
+            joined[-1] += f" {page}"
+        else:
+            joined.append(page)
+    return joined
 
 
 def read_stories(path: Path) -> list[Story]:
@@ -81,52 +94,98 @@ def train_tokenizer(stories: Sequence[Story], size: int) -> Tokenizer:
 
 # Conversations. Subjects are nouns that the story often names and others seldom do.
 
+_WORD = re.compile(r"[A-Za-z]+")
 _NOUN = re.compile(r"\b(a|an|the|his|her|their|my|your|this|that) ([a-z]{3,14})\b( [a-z]+)?")
 _FOLLOWING = frozenset((
     "and", "or", "but", "of", "in", "on", "at", "to", "for", "with", "from", "by", "was", "is", "were", "had", "has",
     "said", "came", "went", "who", "that", "which", "as", "when", "then", "so", "into", "over", "under", "did",
     "would", "could", "will", "can", "again", "looked", "began", "up", "down", "ran", "sat",
 ))  # fmt: skip
+_NO_SUBJECT = frozenset((
+    "bit", "day", "end", "evening", "few", "first", "hour", "kind", "lot", "matter", "minute", "moment", "month",
+    "morning", "next", "number", "one", "other", "part", "place", "reason", "rest", "same", "second", "side", "sort",
+    "thing", "time", "voice", "way", "week", "while", "whole", "word", "year",
+))  # fmt: skip
+_GOES_ON = frozenset((
+    "And", "As", "At", "But", "He", "Her", "His", "I", "It", "Its", "My", "No", "Now", "Or", "She", "So", "That",
+    "Their", "Then", "There", "These", "They", "This", "Those", "Thus", "We", "What", "Yes", "You",
+))  # fmt: skip
 
 
 class Subjects:
     """Finds what a story is about."""
 
-    def __init__(self, stories: Sequence[Story]) -> None:
-        found = [set(self._counts(story.text)) for story in stories]
-        self._in_stories = Counter(noun for nouns in found for noun in nouns)
-        self._stories = len(found)
+    KNOWN = 5  # stories that use a word as a noun make it one where it is a name ("Hare") or in the title
+    SHARE = 0.03  # or more of the uses of a noun follow a determiner and end there; of other words next to none do
 
-    def __call__(self, text: str, most: int) -> list[str]:
-        """Nouns with their article, the most telling first."""
-        counts = self._counts(text)
+    def __init__(self, stories: Sequence[Story]) -> None:
+        self._in_stories, used, words = Counter[str](), Counter[str](), Counter[str]()
+        for story in stories:
+            nouns = self._nouns(story.text)
+            self._in_stories.update(nouns.keys())
+            used.update(nouns)
+            words.update(_WORD.findall(story.text.lower()))
+        self._stories = len(stories)
+        self._other = {word for word, count in used.items() if count < self.SHARE * words[word]}
+
+    def __call__(self, text: str, most: int, title: str = "") -> list[str]:
+        """Nouns with their article that the text names at least twice, the most telling first."""
+        words = _WORD.findall(text)
+        counts = Counter(word.lower() for word in words)
+        titled = {word.lower() for word in _WORD.findall(title)}
+        named = titled | {word.lower() for word in words if word[0].isupper()}
+        nouns = self._nouns(text).keys() | {word for word in named if self._in_stories[word] >= self.KNOWN}
         common = self._stories * 0.25
         ranked = sorted(
-            (-count / (5 + self._in_stories[noun]) ** 0.5, noun)
-            for noun, count in counts.items()
-            if self._in_stories[noun] < common
+            (-counts[noun] * (1 + (noun in titled)) / (5 + self._in_stories[noun]) ** 0.5, noun)
+            for noun in nouns - self._other
+            if counts[noun] > 1 and self._in_stories[noun] < common
         )
         return [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for _, noun in ranked[:most]]
 
     @staticmethod
-    def _counts(text: str) -> dict[str, int]:
-        """Nouns: words after a determiner, that stood after `a` too and that no other word mostly follows."""
+    def _nouns(text: str) -> dict[str, int]:
+        """Uses of words after a determiner, of those that stood after `a` too and that no other word mostly follows."""
         ends, all_, after_a = Counter[str](), Counter[str](), set[str]()
         for determiner, word, following in _NOUN.findall(text):
             all_[word] += 1
             ends[word] += not following or following.strip() in _FOLLOWING
             if determiner in ("a", "an"):
                 after_a.add(word)
-        return {word: n for word, n in all_.items() if word in after_a and ends[word] * 2 > n}
+        return {word: ends[word] for word in after_a - _NO_SUBJECT if ends[word] * 2 > all_[word]}
+
+
+class Plainness:
+    """How much of a text is in the words that children's stories use most."""
+
+    WORDS = 2000
+
+    def __init__(self, stories: Sequence[Story]) -> None:
+        counts = Counter(word for story in stories if story.kind == "simple" for word in self._words(story.text))
+        self._plain = {word for word, _ in counts.most_common(self.WORDS)}
+
+    def __call__(self, text: str) -> float:
+        words = self._words(text)
+        return sum(word in self._plain for word in words) / max(len(words), 1)
+
+    @staticmethod
+    def _words(text: str) -> list[str]:
+        return _WORD.findall(text.lower())
 
 
 def cut(paragraphs: Sequence[str], start: int, most: int) -> tuple[str, int]:
     """Whole paragraphs from `start`, about `most` characters, and where the next begins."""
     end, size = start, 0
-    while end < len(paragraphs) and (end == start or size + len(paragraphs[end]) <= most):
+    while end < len(paragraphs) and (size < SHORT or size + len(paragraphs[end]) <= most):
         size += len(paragraphs[end])
         end += 1
     return "\n\n".join(paragraphs[start:end]), end
+
+
+def opens(paragraph: str) -> bool:
+    """Whether a reader who knows nothing of what stands before it can begin here."""
+    first = _WORD.match(paragraph)
+    return len(paragraph) > PAGE // 2 and first is not None and first[0][0].isupper() and first[0] not in _GOES_ON
 
 
 def sentence(text: str, most: int = 100) -> str:
@@ -147,39 +206,62 @@ class Conversations:
         "Can you tell me a story about {}?", "I would like to hear a story about {}.", "A story about {}, please.",
     )  # fmt: skip
     BEGINNING = ("Write the beginning of a story about {}.", "How does a story about {} begin?")
+    SCENE = ("Write about {}.", "Write a scene with {}.", "Tell me about {}.")
     NEXT = ("What happens next?", "Go on.", "And then?", "Please continue the story.", "What happened then?")
     TITLE = ("Give it a title.", "What is a good title for this story?", "Give this story a title.")
+    SCENES = 8  # are looked at for one: of a long story, the plainest that is about something
 
     def __init__(self, stories: Sequence[Story]) -> None:
-        self._subjects = Subjects(stories)
+        self._subjects, self._plainness = Subjects(stories), Plainness(stories)
 
     def __call__(self, story: Story, dice: random.Random) -> str:
         """Text with DeepSeek's tokens, from the first <｜User｜> to the last <｜end▁of▁sentence｜>."""
         paragraphs = story.paragraphs
         whole = len(story.text) <= 2 * LONG
-        kind = dice.choices(("tell", "next", "title"), (14, 5, 1) if whole else (10, 9, 1))[0]
-        if kind == "tell":
-            return self._tell(story, paragraphs, whole, dice)
-        start = 0 if whole else dice.randrange(len(paragraphs))
-        told, place = cut(paragraphs, start, dice.choice((300, 600, 1000)))
-        if kind == "next" and place < len(paragraphs):
-            following, _ = cut(paragraphs, place, dice.choice((500, 900, LONG)))
-            return self._turn(f"{told}\n\n{dice.choice(self.NEXT)}", following, self._plan(following, [], dice))
-        title = re.split(r" - |\n", story.title)[-1].strip(' "')
-        return self._turn(f"{cut(paragraphs, 0, 900)[0]}\n\n{dice.choice(self.TITLE)}", title, None)
+        kinds = (self._tell, self._scene, self._next, self._title)
+        for make in dice.choices(kinds, (15, 0, 4, 1) if whole else (4, 9, 6, 1), k=4):
+            if made := make(story, paragraphs, whole, dice):
+                return made
+        return self._title(story, paragraphs, whole, dice)
 
-    def _tell(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str:
-        asked = self.TELL if whole or dice.random() < 0.5 else self.BEGINNING
+    def _tell(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str | None:
         text, place = cut(paragraphs, 0, 2 * LONG if whole else LONG)
-        about = self._subjects(text, dice.choice((1, 2, 2, 3)))
-        if not about:
-            title = re.split(r" - |\n", story.title)[-1].strip(' "')
-            about = [f'"{title}"']
+        if len(text) < SHORT:
+            return None
+        asked = self.TELL if whole or dice.random() < 0.5 else self.BEGINNING
+        about = self._subjects(text, dice.choice((1, 2, 2, 3)), story.title) or [f'"{self._named(story)}"']
         told = self._turn(dice.choice(asked).format(listed(about)), text, self._plan(text, about, dice))
-        if place < len(paragraphs) and dice.random() < 0.5:
-            following, _ = cut(paragraphs, place, LONG)
+        following = cut(paragraphs, place, LONG)[0]
+        if len(following) >= SHORT and dice.random() < 0.5:
             told += self._turn(dice.choice(self.NEXT), following, self._plan(following, [], dice))
         return told
+
+    def _scene(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str | None:
+        places = [place for place, paragraph in enumerate(paragraphs) if opens(paragraph)]
+        found = []
+        for place in dice.sample(places, min(len(places), self.SCENES)):
+            text, _ = cut(paragraphs, place, dice.choice((600, 1000, LONG)))
+            if SHORT <= len(text) <= 2 * LONG and (about := self._subjects(text, dice.choice((1, 1, 2)))):
+                found.append((self._plainness(text), text, about))
+        if not found:
+            return None
+        _, text, about = max(found)
+        return self._turn(dice.choice(self.SCENE).format(listed(about)), text, self._plan(text, about, dice))
+
+    def _next(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str | None:
+        start = 0 if whole else dice.randrange(len(paragraphs))
+        told, place = cut(paragraphs, start, dice.choice((300, 600, 1000)))
+        following, _ = cut(paragraphs, place, dice.choice((500, 900, LONG)))
+        if not SHORT <= len(following) <= 2 * LONG:
+            return None
+        return self._turn(f"{told}\n\n{dice.choice(self.NEXT)}", following, self._plan(following, [], dice))
+
+    def _title(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str:
+        return self._turn(f"{cut(paragraphs, 0, 900)[0]}\n\n{dice.choice(self.TITLE)}", self._named(story), None)
+
+    @staticmethod
+    def _named(story: Story) -> str:
+        return re.split(r" - |\n", story.title)[-1].strip(' "')
 
     def _plan(self, text: str, about: Sequence[str], dice: random.Random) -> str | None:
         """What a thinking answer thinks, for one answer in four."""

@@ -7,6 +7,7 @@ import importlib
 import json
 import lzma
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -288,12 +289,55 @@ def test_conversations_are_what_the_template_writes(text: ModuleType, stories: l
     assert any(f"a {word}" in make._subjects(stories[0].text, 3) for word in WORDS)
 
 
+def test_an_answer_is_about_what_was_asked_and_long_enough(text: ModuleType) -> None:
+    """Its subjects are named at least twice; only a title is short; a picture book's pages are read as paragraphs."""
+    dice = random.Random(1)
+    pages = ["The goat ran to a river.", "There was a drum.", "A goat and a drum, oh", "The drum was loud."] * 30
+    told = [text.Story("simple", "The goat", "\n\n".join(pages[: dice.randrange(2, 90)])) for _ in range(30)]
+    long = "\n\n".join(f"Then he saw a {dice.choice(WORDS)}. The {dice.choice(WORDS)} fell, number {n}. " * 3
+                       + "\n\n" + f"Far away a {(word := dice.choice(WORDS))} slept. The {word} was old. " * 4
+                       for n in range(40))  # fmt: skip
+    told.append(text.Story("fiction", "Long", long))
+    make = text.Conversations(told)
+    assert told[0].paragraphs != told[0].text.split("\n\n")
+    assert all(text.opens(part) == part.startswith("Far") for part in told[-1].paragraphs)
+    scenes = 0
+    for number in range(300):
+        made = make(told[-1] if number % 2 else dice.choice(told), dice)
+        for turn in made.split(text.USER)[1:]:
+            asked, answer = turn.removesuffix(text.END).split(text.ASSISTANT)
+            answer = answer.split(text.THINK_END)[1].strip()
+            if asked.endswith(text.Conversations.TITLE):
+                assert answer in {story.title for story in told}
+                continue
+            assert text.SHORT <= len(answer) <= 2 * text.LONG
+            scenes += asked.startswith(("Write about", "Write a scene"))
+            if "\n" not in asked and '"' not in asked:
+                for noun in re.findall(r"\ban? (?!short|story|scene)(\w+)", asked):
+                    assert len(re.findall(rf"\b{noun}\b", answer.lower())) > 1
+    assert scenes > 20
+
+
+def test_the_rate_goes_straight_from_stage_to_stage(train: ModuleType, stories: list[Any], tmp_path: Path) -> None:
+    shape = importlib.import_module("demo_model").Shape(**SMALL)
+    stage = train.Stage(0.5, (1.0, 0.6), 24, 2, 1, 1.0, 0.3, {"simple": 1.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "STAGES", (stage, dataclasses.replace(stage, until=1.5, rates=(0.2, 0.0))))
+        patch.setattr(train, "Shape", lambda: shape)
+        training = train.Training(stories, tmp_path, 1000, torch.device("cpu"))
+        rates = []
+        for tokens, step in ((0, 5), (0, 100), (250, 100), (500, 100), (1000, 100)):
+            training.tokens, training.step = tokens, step
+            rates.append(training.rate)
+    assert rates == pytest.approx([6 / train.WARM_UP, 1.0, 0.8, 0.2, 0.1])
+
+
 def test_a_stopped_training_ends_as_one_that_was_not(train: ModuleType, stories: list[Any], tmp_path: Path) -> None:
     """The whole program on a few stories: 3 steps, then on to the 4th, against 4 at once; then the export runs."""
     data = tmp_path / "stories.jsonl.xz"
     with lzma.open(data, "wt") as file:
         file.writelines(json.dumps(dataclasses.asdict(story)) + "\n" for story in stories)
-    small = train.Stage(1.0, 24, 2, 1, 1.0, 0.3, {"simple": 1.0, "chat": 1.0})
+    small = train.Stage(1.0, (1.0, 0.0), 24, 2, 1, 1.0, 0.3, {"simple": 1.0, "chat": 1.0})
     shape = importlib.import_module("demo_model").Shape(**SMALL)
     made = []
     for name, stops in (("whole", [4]), ("parts", [3, 4])):
