@@ -25,8 +25,9 @@ from localmoe.errors import CheckpointError, UnsupportedModelError, UsageError
 from localmoe.formats import int4, int8
 from localmoe.formats.checkpoint import ReadingCheckpoint, read_json, tensors_of
 from localmoe.formats.safetensors import TensorInfo
-from localmoe.formats.scheme import GROUP_SIZES, QuantizationConfig, Scheme
+from localmoe.formats.scheme import GROUP_SIZES, QuantizationConfig, Scheme, SchemeGroup
 from localmoe.formats.weights import DenseWeight, Weight
+from quantize.recipes import KEPT_PATTERNS
 
 Packing = Literal["gptq", "awq", "compressed-tensors"]
 
@@ -307,6 +308,16 @@ def common_scheme(checkpoint: ForeignCheckpoint) -> Scheme:
         if (group < 0 or group % size == 0) and all(row % size == 0 for row in rows):
             return Scheme(kind, size)
     raise _unsupported("group_size", group, f"no group of {', '.join(map(str, GROUP_SIZES))} divides it and every row")
+
+
+def converted(form: Form, config: Mapping[str, Any]) -> QuantizationConfig:
+    """What a conversion makes of matrices in `form`, from config.json alone, which does not name them: all but those
+    that hardly anybody packs. A group for a whole row becomes ours that divides the model's widths."""
+    widths = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
+    divided = [form.group] if form.group > 0 else [config[name] for name in widths if type(config.get(name)) is int]
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in divided)]
+    scheme = Scheme("int4" if form.bits == 4 else "int8", max(fitting, default=min(GROUP_SIZES)))
+    return QuantizationConfig((SchemeGroup(scheme, ("Linear",)),), ignore=("lm_head", *KEPT_PATTERNS))
 
 
 def open_packed(directory: Path) -> ForeignCheckpoint | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from localmoe import store
 from localmoe.cli import streams, units
 from localmoe.cli.sanitize import printable_line
-from localmoe.errors import ModelNotFoundError, StorageError
+from localmoe.errors import ModelNotFoundError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +36,11 @@ class _Wanted:
     made_bytes: int
     speeds: Speeds
     plan: Plan
+
+    @property
+    def verb(self) -> str:
+        """What is done with the files for `recipe`."""
+        return "convert" if self.recipe == "converted" else "quantize"
 
     def disks(self) -> list[tuple[Path, int, int]]:
         """(a place on it, bytes needed, bytes free) of each disk."""
@@ -67,7 +72,7 @@ def bring(model: str, machine: Machine, error: ModelNotFoundError, *, yes: bool)
     recipe = None if ref.ending == "source" else ref.ending or "balanced"
     try:
         streams.passing_remark(f"asking the hub about {ref.name} ...")
-        wanted = _reckon(ref.name, recipe, hub.survey(ref), machine)
+        wanted = _reckon(ref, recipe, hub.survey(ref), machine)
     finally:
         streams.passing_remark("")
     _check_space(wanted)
@@ -78,14 +83,18 @@ def bring(model: str, machine: Machine, error: ModelNotFoundError, *, yes: bool)
     _fetch(ref, wanted.recipe)
 
 
-def _reckon(name: str, recipe: str | None, survey: Survey, machine: Machine) -> _Wanted:
+def _reckon(ref: ModelRef, recipe: str | None, survey: Survey, machine: Machine) -> _Wanted:
     from localmoe.cli.plan import forecast
 
-    subject, speeds, plan, as_stored = forecast(survey.config, recipe, machine)
-    if as_stored or recipe is None:
-        return _Wanted(name, None, survey, 0, 0, speeds, plan)
-    made = store.unfinished_bytes(store.artifact_dir(name, recipe))
-    return _Wanted(name, recipe, survey, subject.sizes.nbytes, made, speeds, plan)
+    subject, speeds, plan, made = forecast(survey.config, recipe, machine)
+    if made is None:
+        return _Wanted(ref.name, None, survey, 0, 0, speeds, plan)
+    if made != recipe and ref.ending is not None:
+        raise UsageError(f"{ref.name} is quantized already and can only be converted; leave out :{ref.ending}")
+    there = store.unfinished_bytes(store.artifact_dir(ref.name, made))
+    # A conversion keeps the bits, and only the files say which matrices are packed
+    nbytes = survey.size_bytes if made == "converted" else subject.sizes.nbytes
+    return _Wanted(ref.name, made, survey, nbytes, there, speeds, plan)
 
 
 def _fetch(ref: ModelRef, recipe: str | None) -> None:
@@ -148,7 +157,7 @@ def _text(wanted: _Wanted) -> str:
     if wanted.recipe is not None:
         output = store.artifact_dir(wanted.name, wanted.recipe)
         made = f", {units.size(wanted.made_bytes)} of it is made already" if wanted.made_bytes else ""
-        rows.append(("quantize", f"to {units.size(wanted.quantized_bytes)} ({wanted.recipe}) in {output}{made}"))
+        rows.append((wanted.verb, f"to {units.size(wanted.quantized_bytes)} ({wanted.recipe}) in {output}{made}"))
     disks = [f"{units.size(needed)} of {units.size(free)} free" for _, needed, free in wanted.disks() if needed]
     rows += [
         ("disk", ", ".join(disks)),
@@ -166,7 +175,7 @@ def _on_disk(nbytes: int) -> str:
 
 def _agreed(wanted: _Wanted) -> bool:
     """Ask once; Enter agrees. The end of the input is a no."""
-    streams.tell(f"Download{' and quantize' if wanted.quantized_bytes else ''} it? [Y/n]", end=" ")
+    streams.tell(f"Download{f' and {wanted.verb}' if wanted.recipe else ''} it? [Y/n]", end=" ")
     answer = sys.stdin.readline()
     if not answer:
         streams.tell("")

@@ -120,6 +120,8 @@ def locate(model: str, *, announced: bool = False) -> Resolved:
         if resolved.kind == "artifact" or _is_packed(resolved.path):
             return resolved
         source = resolved.path
+    if ref.ending is None and packed_by_others(source):
+        recipe = "converted"
     _quantize_first(ref.name, recipe, source, announced)
     return store.resolve(model)
 
@@ -131,20 +133,30 @@ def label(resolved: Resolved) -> str:
     return f"{resolved.name}:{resolved.recipe or 'source'}"
 
 
+def packed_by_others(source: Path) -> bool:
+    """Whether a source was quantized by others, in another layout: then it can only be converted.
+
+    Raises UnsupportedModelError for one that cannot.
+    """
+    from localmoe.text.files import read_json_object
+    from quantize.foreign import form_of
+
+    return form_of(read_json_object(source / "config.json")) is not None
+
+
 def _is_packed(path: Path) -> bool:
-    """Whether a source is already 4-bit as its makers ship it, so that there is nothing to quantize."""
+    """Whether a source is 4-bit in our layout as its makers ship it, so that there is nothing to quantize."""
     try:
         config = json.loads((path / "config.json").read_bytes()).get("quantization_config") or {}
     except (OSError, ValueError, AttributeError, RecursionError):
         return False  # quantizing it will say what is wrong
-    return isinstance(config, dict) and config.get("quant_method") == "compressed-tensors"
+    ours = isinstance(config, dict) and config.get("quant_method") == "compressed-tensors"
+    return ours and not packed_by_others(path)
 
 
 def _quantize_first(name: str, recipe: str, source: Path, announced: bool) -> None:
-    from localmoe.cli.quantize import make_artifact, packed_by_others
+    from localmoe.cli.quantize import make_artifact
 
-    if packed_by_others(source):
-        recipe = "converted"
     output = store.artifact_dir(name, recipe)
     if announced:
         pass

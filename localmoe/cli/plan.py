@@ -68,32 +68,33 @@ def plan(
     """
     wanted = options.machine(device, "auto", threads, vram, ram, ctx, cache_dtype)
     target = _find(model, recipe)
-    subject, as_stored = _subject(target, wanted.cache_dtype)
-    name = target.name if as_stored or target.recipe is None else f"{target.name}:{target.recipe}"
+    subject, made = _subject(target, wanted.cache_dtype)
+    name = target.name if made is None else f"{target.name}:{made}"
     machine, budgets = _surroundings(wanted)
 
     from localmoe.offload.plan import make_plan
 
     result = make_plan(subject, machine, budgets)
     if as_json:
-        streams.write_json(_record(name, None if as_stored else target.recipe, subject, machine, budgets, result))
+        streams.write_json(_record(name, made, subject, machine, budgets, result))
     else:
         streams.write(_text(name, subject, machine, budgets, result))
 
 
-def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple[Subject, Machine, Plan, bool]:
-    """(model, machine, plan, whether the files run as they are stored) of a source whose config.json is `config` and
-    which `recipe` would quantize, on the card that loading it would take. Raises as the command does, and as loading
-    does for a card that is missing."""
+def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple[Subject, Machine, Plan, str | None]:
+    """(model, machine, plan, what is made of the files) of a source whose config.json is `config` and which `recipe`
+    would quantize, on the card that loading it would take. Made is `recipe`, `converted` where others packed the files,
+    or nothing where they run as they are stored. Raises as the command does, and as loading does for a card that is
+    missing."""
     from localmoe.offload.device import choose_card
     from localmoe.offload.plan import make_plan
 
     card = choose_card(wanted.device, wanted.vram)
     wanted = replace(wanted, device="cpu" if card is None else "cuda", vram=None if card is None else card.vram)
 
-    subject, as_stored = _subject(_Target("", config, recipe), wanted.cache_dtype)
+    subject, made = _subject(_Target("", config, recipe), wanted.cache_dtype)
     machine, budgets = _surroundings(wanted)
-    return subject, machine, make_plan(subject, machine, budgets), as_stored
+    return subject, machine, make_plan(subject, machine, budgets), made
 
 
 def foreseen(config: Path, wanted: options.Machine, prompt: int, held: int) -> tuple[float, float]:
@@ -147,8 +148,8 @@ def _source_config(model: str) -> Path:
         streams.passing_remark("")
 
 
-def _subject(target: _Target, cache_dtype: str) -> tuple[Subject, bool]:
-    """The model to plan, and whether its files are taken as they are stored. Raises CheckpointError,
+def _subject(target: _Target, cache_dtype: str) -> tuple[Subject, str | None]:
+    """The model to plan, and what is made of its files, as `forecast` says. Raises CheckpointError,
     UnsupportedModelError naming the field."""
     from localmoe.kernels.dispatch import CACHE_DTYPES
     from localmoe.model.config import ModelConfig
@@ -161,22 +162,28 @@ def _subject(target: _Target, cache_dtype: str) -> tuple[Subject, bool]:
     if not values:
         raise CheckpointError(f"{target.config}: missing or empty")
     config = ModelConfig.from_dict(values)
-    storage, as_stored = _storage(values, target.recipe)
+    storage, made = _storage(values, target.recipe)
     dtype = CACHE_DTYPES["bf16" if cache_dtype == "auto" else cache_dtype]
-    return Subject(config, model_sizes(config, storage), row_bytes(config, dtype)), as_stored
+    return Subject(config, model_sizes(config, storage), row_bytes(config, dtype)), made
 
 
-def _storage(values: Mapping[str, Any], recipe: str | None) -> tuple[Storage, bool]:
-    """How the weights would be stored; what its makers quantized to integers already stays so."""
+def _storage(values: Mapping[str, Any], recipe: str | None) -> tuple[Storage, str | None]:
+    """How the weights would be stored, and what is made of the files for that; what its makers quantized to integers
+    already stays so, in our layout."""
     from localmoe.model.sizes import Storage
 
     if recipe is None:
-        return Storage.of(values), True
+        return Storage.of(values), None
+    from quantize.foreign import converted, form_of
     from quantize.recipes import recipe_named
 
+    form = form_of(values)
+    if form is not None:
+        plain = {name: value for name, value in values.items() if name != "quantization_config"}
+        return Storage.of(plain, converted(form, values)), "converted"
     quantization = recipe_named(recipe).for_model(values).quantization_config(group_size=32)
     storage = Storage.of(values, quantization)
-    return storage, storage.quantization != quantization
+    return storage, recipe if storage.quantization == quantization else None
 
 
 def _surroundings(wanted: options.Machine) -> tuple[Machine, Budgets]:

@@ -12,11 +12,11 @@ import typer
 
 from localmoe import store
 from localmoe.cli import options, prompt, streams, units
+from localmoe.cli.opening import packed_by_others
 from localmoe.cli.option_groups import grouped
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.values import check_choice
 from localmoe.errors import UsageError
-from localmoe.text.files import read_json_object
 
 if TYPE_CHECKING:
     from localmoe.cli.render import Advance
@@ -195,16 +195,6 @@ def make_artifact(
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
-
-
-def packed_by_others(source: Path) -> bool:
-    """Whether a source was quantized by others, in another layout: then it can only be converted.
-
-    Raises UnsupportedModelError for one that cannot.
-    """
-    from quantize.foreign import form_of
-
-    return form_of(read_json_object(source / "config.json")) is not None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from packing import pack_demo
 
 from localmoe import hub as hub_package
 from localmoe import store
@@ -101,6 +103,36 @@ def test_interrupted_it_goes_on_and_then_it_is_here(demo_hub, machine, tmp_path)
     again = run(machine)  # nothing left to ask or do
     assert (again.returncode, again.stdout, again.stderr) == (0, outcome.stdout, "")
     assert not demo_hub.requests
+
+
+@pytest.mark.parametrize("packing", ["gptq", "compressed-tensors"])
+def test_what_others_packed_is_converted(demo_hub, machine, tmp_path, packing):
+    """Foreseen from its config.json alone and said so; a recipe for it is refused before anything is downloaded."""
+    source = tmp_path / "packed"
+    pack_demo(demo_directory(), source, packing)
+    demo_hub.files |= {path.name: path.read_bytes() for path in source.iterdir()}
+    refused = subprocess.run(
+        [*PROGRAM, "run", f"{REPO}:compact", "Tell", "-y"],
+        env=machine, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "can only be converted; leave out :compact" in " ".join(refused.stderr.split())
+    assert set(demo_hub.fetched()) == {"config.json"}
+
+    planned = subprocess.run(
+        [*PROGRAM, "plan", REPO, "--json"], env=machine, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert json.loads(planned.stdout)["recipe"] == "converted"
+    outcome = run(machine, "-y")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.strip()
+    made = tmp_path / "home/models/maker--Tiny-MoE/converted"
+    said = re.search(r"\n  convert   to ([0-9.]+) MiB \(converted\)", outcome.stderr)
+    assert said is not None, outcome.stderr
+    size = sum(path.stat().st_size for path in made.glob("*.safetensors")) / 2**20
+    assert float(said[1]) == pytest.approx(size, rel=0.05)
+    again = run(machine)
+    assert (again.returncode, again.stdout, again.stderr) == (0, outcome.stdout, "")
 
 
 @pytest.mark.parametrize(("typed", "status"), [("\n", 0), ("n\n", 1), ("\x03", 130)])
