@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from localmoe.draft_length import DraftLength, FixedLength, MeasuredLength
-from localmoe.errors import (
-    CheckpointError,
-    ContextOverflowError,
-    TemplateError,
-    UsageError,
-)
+from localmoe.errors import CheckpointError, ContextOverflowError, TemplateError, UsageError
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import TensorInfo
 from localmoe.generate import Settings, Step, generate
@@ -27,7 +22,7 @@ from localmoe.kernels.dispatch import CACHE_DTYPES, Kernels
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
 from localmoe.model.mtp import MtpLayer
-from localmoe.offload.hits import rates
+from localmoe.offload.on_card import OnCard
 from localmoe.sampling import SamplingParams
 from localmoe.session import CachedTokens
 from localmoe.session_file import restore, write
@@ -38,7 +33,6 @@ from localmoe.text.files import read_json_object
 
 if TYPE_CHECKING:
     from localmoe.model.card.model import CardModel, Split
-    from localmoe.offload.plan import Placement
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -58,18 +52,11 @@ class Engine:
         checkpoint: Checkpoint,
         kernels: Kernels,
         max_context: int,
-        placement: Placement | None = None,
-        closing: Callable[[], None] = lambda: None,
+        card: OnCard | None = None,
     ) -> None:
-        self.placement = placement
+        self._card = card  # none once it is closed
+        self.placement = card.placement if card is not None else None
         """Where everything is, if some of it is on a card."""
-        self._closing = closing  # called once
-        self.expert_uses: Callable[[], Tensor | None] = lambda: None
-        """How often each expert fired since the model was opened, [L, E], where it is counted: on a card."""
-        self.expert_hits: Callable[[], Tensor | None] = lambda: None
-        """How many of them found their expert on the card, and how many there were, [L, 2]; between passes."""
-        self.expect_uses: Callable[[Tensor], None] = lambda uses: None
-        """Place experts as if they had just been used so, [L, E], where places change."""
         self.reads_the_disk = False
         """Whether the model is larger than the memory that it may use, so that experts come from the disk."""
         self.config: ModelConfig = model.config
@@ -247,15 +234,18 @@ class Engine:
         """Memory that the kept latent cache takes now; see `generate`'s `reuse_prefix`."""
         return 0 if self._cached is None else self._cached.nbytes
 
+    def expert_uses(self) -> Tensor | None:
+        """How often each expert fired since the model was opened, [L, E], where it is counted: on a card."""
+        return None if self._card is None else self._card.uses()
+
+    def expert_hits(self) -> Tensor | None:
+        """How many of them found their expert on the card, and how many there were, [L, 2]; between passes."""
+        return None if self._card is None else self._card.hits()
+
     def hit_rates(self, since: Tensor | None = None) -> list[float] | None:
         """The share of each MoE layer's expert uses that the card served, measured from when `expert_hits` said `since`
         (None: from the beginning), and foreseen where nothing was counted; None without a card. Between passes."""
-        counts = self.expert_hits()
-        if self.placement is None or counts is None:
-            return None
-        placed = [layer.gpu_hits for layer in self.placement.layers]
-        measured = rates(counts if since is None else counts - since, placed)
-        return [rate for rate, is_moe in zip(measured, self.config.moe_layers, strict=True) if is_moe]
+        return None if self._card is None else self._card.hit_rates(self.config.moe_layers, since)
 
     def card_split(self, held: int) -> Split | None:
         """Where a decoded token's time goes on the card, from a few passes beside what is decoded: after the kept
@@ -305,19 +295,15 @@ class Engine:
         heat, shape = restored.expert_heat, (self.config.num_hidden_layers, self.config.n_routed_experts)
         usable = heat is not None and heat.shape == shape and bool((heat.isfinite() & (heat >= 0)).all())
         self._session_heat = heat if usable else None
-        if self._session_heat is not None:
-            self.expect_uses(self._session_heat)
+        if self._session_heat is not None and self._card is not None:
+            self._card.expect(self._session_heat)
         return restored.facts
 
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
-        if self._model is not None:
-            self._closing()
-        self._closing = lambda: None  # it holds what is on the card
-        self.expert_uses, self.expect_uses = lambda: None, lambda uses: None
-        self.expert_hits = lambda: None
-        self._model = self._mtp = None
-        self._cached = None
+        if self._card is not None:
+            self._card.close()
+        self._card = self._model = self._mtp = self._cached = None
         self._checkpoint.close()
 
     @property

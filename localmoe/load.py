@@ -134,6 +134,7 @@ def _on_card(
     from localmoe.offload.card import CardExperts
     from localmoe.offload.heat import Heat, heat_file, known_heat
     from localmoe.offload.machine import GIB
+    from localmoe.offload.on_card import OnCard
     from localmoe.offload.plan import Budgets, experts_on_card, place, prompt_chunk
     from localmoe.offload.predict import stream_from
     from localmoe.offload.probe import look
@@ -171,9 +172,8 @@ def _on_card(
             with suppress(OSError):  # a hint for the next run, which does without
                 heat.plus(kept.uses()).write(known)
 
-    engine = Engine(model, checkpoint, kernels, placed.context, placed, closing)
-    engine.expert_uses, engine.expert_hits, engine.expect_uses = kept.uses, kept.hits, kept.expect
-    return engine
+    on_card = OnCard(placed, kept.uses, kept.hits, kept.expect, closing)
+    return Engine(model, checkpoint, kernels, placed.context, on_card)
 
 
 def _mtp_layer(

@@ -32,6 +32,7 @@ CHAT_TEMPLATE = (
 )
 HELD_OUT = 40  # one story in so many is never trained on
 LONG, SHORT = 1500, 300  # characters of an answer made of whole paragraphs: about so many, and never fewer
+OPENING = 300  # characters in which an answer comes to what it is about
 PAGE = 160  # characters: pages of a picture book with fewer are read as one paragraph
 
 
@@ -129,8 +130,9 @@ class Subjects:
         self._other = {word for word, count in used.items() if count < self.SHARE * words[word]}
 
     def __call__(self, text: str, most: int, title: str = "") -> list[str]:
-        """Nouns with their article that the text names at least twice, the most telling first."""
+        """Nouns with their article that the text names at least twice and soon, the most telling first."""
         words = _WORD.findall(text)
+        soon = {word.lower() for word in _WORD.findall(text[:OPENING])}
         counts = Counter(word.lower() for word in words)
         titled = {word.lower() for word in _WORD.findall(title)}
         named = titled | {word.lower() for word in words if word[0].isupper()}
@@ -138,7 +140,7 @@ class Subjects:
         common = self._stories * 0.25
         ranked = sorted(
             (-counts[noun] * (1 + (noun in titled)) / (5 + self._in_stories[noun]) ** 0.5, noun)
-            for noun in nouns - self._other
+            for noun in (nouns & soon) - self._other
             if counts[noun] > 1 and self._in_stories[noun] < common
         )
         return [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for _, noun in ranked[:most]]
@@ -209,7 +211,7 @@ class Conversations:
     SCENE = ("Write about {}.", "Write a scene with {}.", "Tell me about {}.")
     NEXT = ("What happens next?", "Go on.", "And then?", "Please continue the story.", "What happened then?")
     TITLE = ("Give it a title.", "What is a good title for this story?", "Give this story a title.")
-    SCENES = 8  # are looked at for one: of a long story, the plainest that is about something
+    SCENES = 12  # are looked at for one: of a long story, the plainest that is about something
 
     def __init__(self, stories: Sequence[Story]) -> None:
         self._subjects, self._plainness = Subjects(stories), Plainness(stories)
@@ -219,7 +221,7 @@ class Conversations:
         paragraphs = story.paragraphs
         whole = len(story.text) <= 2 * LONG
         kinds = (self._tell, self._scene, self._next, self._title)
-        for make in dice.choices(kinds, (15, 0, 4, 1) if whole else (4, 9, 6, 1), k=4):
+        for make in dice.choices(kinds, (15, 0, 4, 1) if whole else (2, 12, 4, 1), k=4):
             if made := make(story, paragraphs, whole, dice):
                 return made
         return self._title(story, paragraphs, whole, dice)
@@ -246,7 +248,8 @@ class Conversations:
         if not found:
             return None
         _, text, about = max(found)
-        return self._turn(dice.choice(self.SCENE).format(listed(about)), text, self._plan(text, about, dice))
+        asked = dice.choice(self.SCENE if dice.random() < 0.5 else self.TELL)
+        return self._turn(asked.format(listed(about)), text, self._plan(text, about, dice))
 
     def _next(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str | None:
         start = 0 if whole else dice.randrange(len(paragraphs))
@@ -288,7 +291,7 @@ class Conversations:
 class Mixture:
     """An endless, fixed order of tokens: documents of four sorts, each shuffled anew every epoch.
 
-    `chat` are conversations made from all stories, half of them from simple ones; what the user says in
+    `chat` are conversations made from all stories, half of them from fiction; what the user says in
     them is given as `~id`, to be read and not learned. Its state is how many documents of each sort were taken, so a
     run that stopped goes on where it was.
     """
@@ -311,7 +314,7 @@ class Mixture:
         self.taken[sort] += 1
         dice = random.Random(f"{self._seed}/{sort}/{number}")
         if sort == "chat":
-            kind = dice.choices(("simple", "fairy", "fiction"), (5, 1, 4))[0]
+            kind = dice.choices(("simple", "fairy", "fiction"), (4, 1, 5))[0]
             return self._conversations(dice.choice(self._stories[kind]), dice)
         epoch, place = divmod(number, len(self._stories[sort]))
         order = list(range(len(self._stories[sort])))
