@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _LONGEST = 1_000_000  # characters of a schema or a grammar
 _LONGEST_MESSAGE = 300
-_WHITESPACE = r" |\n {0,40}"
+_WHITESPACE = r" |\n {0,20}"
 """Between JSON's tokens: as people write it. Were it free, a weak model would write spaces until it is cut off."""
 
 

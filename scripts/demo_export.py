@@ -51,7 +51,7 @@ def export(model: Model, tokenizer: Tokenizer, out: Path) -> None:
         },
     )  # fmt: skip
     special = {"bos_token_id": tokenizer.token_to_id(BEGIN), "eos_token_id": tokenizer.token_to_id(END)}
-    write(out / "generation_config.json", special | {"do_sample": True, "temperature": 0.8, "top_p": 0.95})
+    write(out / "generation_config.json", special | {"do_sample": True, "temperature": 0.7, "top_p": 0.9})
 
 
 def config(shape: Shape, tokenizer: Tokenizer) -> dict[str, object]:

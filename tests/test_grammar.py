@@ -218,7 +218,7 @@ class TestGenerating:
         self, engines: dict[str, Engine], temperature: float
     ) -> None:
         for seed in range(4):
-            steps = self.answers(engines, temperature=temperature, seed=seed, schema=SCHEMA, max_tokens=150)
+            steps = self.answers(engines, temperature=temperature, seed=seed, schema=SCHEMA, max_tokens=300)
             value = json.loads("".join(step.text for step in steps))
             assert sorted(value) == ["age", "kind", "name", "tags"]
             assert 0 <= value["age"] <= 99

@@ -95,7 +95,7 @@ class TestOpening:
         assert engine.kernels.tier == "reference"
         assert engine.tokenizer.eos_ids == {1}
         assert engine.chat_template is not None
-        assert engine.generation_defaults == {"temperature": 0.8, "top_p": 0.95}
+        assert engine.generation_defaults == {"temperature": 0.7, "top_p": 0.9}
 
     def test_touches_no_expert_and_copies_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         used: list[str] = []
@@ -130,7 +130,7 @@ class TestOpening:
             most = engine.config.max_position_embeddings
         with pytest.raises(UsageError, match=f"--ctx {most + 1}: the model was made for at most {most}"):
             load(DEMO, ctx=most + 1)
-        with pytest.raises(DeviceError, match=r"need 0\.00 GiB of memory and there are 0\.00"):
+        with pytest.raises(DeviceError, match=r"need 0\.01 GiB of memory and there are 0\.00"):
             load(DEMO, ram=1 << 20)
 
     @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ class TestBrokenDirectories:
         ("written", "wanted"),
         [
             ({"do_sample": False}, {}),
-            ({"temperature": None}, {"top_p": 0.95}),
-            ({"top_k": 20, "max_new_tokens": 5}, {"temperature": 0.8, "top_p": 0.95, "top_k": 20}),
+            ({"temperature": None}, {"top_p": 0.9}),
+            ({"top_k": 20, "max_new_tokens": 5}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}),
             ({"temperature": -1}, "temperature must be 0 or more"),
             ({"top_p": "0.9"}, "top_p"),
         ],
@@ -335,6 +335,7 @@ class TestPrompts:
             3,
             *tokenizer.encode("Hi", add_bos=False),
             4,
+            6,
         ]
 
     def test_an_empty_one(self, engine: Engine) -> None:

@@ -250,17 +250,17 @@ class TestWithAModel:
             self.answer(engine, [1, 2, 3])
             engine.save_session(path, Facts([]))
         with load(artifact, ctx=256, threads=1) as engine:
-            engine.expert_uses = lambda: torch.ones(6, 16)  # counted on a card only
+            engine.expert_uses = lambda: torch.ones(5, 16)  # counted on a card only
             self.answer(engine, [1, 2, 3])
             with pytest.raises(SessionError, match="another model's, and its latents mean nothing to this model"):
                 engine.open_session(path)
             assert self.answer(engine, [1, 2, 3])[1] == 1
             engine.save_session(tmp_path / "y.safetensors", Facts([]))
-            assert load_file(tmp_path / "y.safetensors")["expert_heat"].sum() == 96
+            assert load_file(tmp_path / "y.safetensors")["expert_heat"].sum() == 80
 
     def test_the_heat_of_a_session_is_used_and_added_to(self, artifact: Path, tmp_path: Path) -> None:
         path = tmp_path / "x.safetensors"
-        heat = torch.arange(6 * 16.0).view(6, 16)
+        heat = torch.arange(5 * 16.0).view(5, 16)
         with load(artifact, ctx=256, threads=1) as engine:
             engine.expert_uses = lambda: heat  # counted on a card only
             self.answer(engine, [1, 2, 3])
@@ -272,7 +272,7 @@ class TestWithAModel:
             assert torch.equal(expected[0], heat)
             engine.save_session(path, Facts([]))  # where nothing is counted it stays
             assert torch.equal(load_file(path)["expert_heat"], heat)
-            engine.expert_uses = lambda: torch.ones(6, 16, dtype=torch.int64)
+            engine.expert_uses = lambda: torch.ones(5, 16, dtype=torch.int64)
             engine.save_session(path, Facts([]))
             assert torch.equal(load_file(path)["expert_heat"], heat + 1)
             engine.expert_uses = lambda: torch.ones(2, 3)

@@ -107,7 +107,7 @@ def test_show_an_artifact(invoke, quantized):
     assert record["kind"] == "artifact"
     assert (record["recipe"], record["group_size"]) == ("balanced", 64)
     off = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    assert record["sampling"] == {"temperature": 0.8, "top_p": 0.95} | off
+    assert record["sampling"] == {"temperature": 0.7, "top_p": 0.9} | off
     assert record["calibration"] is None
     assert record["config"]["model_type"] == "deepseek_v3"
     parts = {(error["part"], error["scheme"]): error for error in record["errors"]}
@@ -124,7 +124,7 @@ def test_show_an_artifact(invoke, quantized):
     assert record["size_bytes"] == sum(sizes.values())
     text = invoke("show", str(quantized)).out
     assert f"routed experts  int4-g64       {experts['matrices']}" in text
-    assert "temperature 0.8, top_p 0.95" in text
+    assert "temperature 0.7, top_p 0.9" in text
 
 
 def test_show_a_source(invoke):

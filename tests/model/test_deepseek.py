@@ -57,7 +57,7 @@ def test_the_demo_equals_transformers_on_independently_dequantized_weights(
 
     dense = {}
     for name in demo.tensors:
-        if name.startswith("model.layers.6.") or name.endswith("_scale_inv"):
+        if name.startswith("model.layers.5.") or name.endswith("_scale_inv"):
             continue
         value = demo.read(name)
         if value.dtype == torch.float8_e4m3fn:

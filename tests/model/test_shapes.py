@@ -40,10 +40,10 @@ def test_the_demo_has_what_its_config_says_and_its_mtp_layer_besides(demo: Check
     expected = {f"{module}.weight" for module in modules} | set(expected_tensors(config))
     left = {name for name in demo.tensors if name not in expected and not name.endswith("_scale_inv")}
     assert left
-    assert {name.split(".")[2] for name in left} == {"6"}
+    assert {name.split(".")[2] for name in left} == {str(config.num_hidden_layers)}
     assert modules["model.layers.0.mlp.gate_proj"] == (640, 256)
     assert modules["model.layers.1.mlp.experts.15.down_proj"] == (256, 128)
-    assert modules["model.layers.5.self_attn.kv_b_proj"] == (256, 64)
+    assert modules["model.layers.4.self_attn.kv_b_proj"] == (384, 128)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_demo_has_what_its_config_says_and_its_mtp_layer_besides(demo: Check
         "model.layers.3.mlp.gate.e_score_correction_bias",
         "model.layers.3.mlp.experts.7.up_proj.weight",
         "model.layers.3.mlp.experts.7.up_proj.weight_scale_inv",
-        "model.layers.5.self_attn.q_a_layernorm.weight",
+        "model.layers.4.self_attn.q_a_layernorm.weight",
     ],
 )
 def test_a_missing_tensor_is_named(demo: Checkpoint, name: str) -> None:
@@ -87,13 +87,13 @@ def test_a_tensor_of_other_maths_is_refused(demo: Checkpoint) -> None:
                  "model.layers.8.input_layernorm.weight", "vision.weight"):  # fmt: skip
         with pytest.raises(CheckpointError, match=f"{name} is not a tensor of"):
             check_checkpoint(config, Checkpoint(demo.directory, demo.config, {**demo.tensors, name: some}))
-    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.6.anything"):
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.5.anything"):
         check_checkpoint(config, Checkpoint(demo.directory, demo.config, {**demo.tensors, name: some}))
 
 
 def test_fewer_layers_than_the_files_hold_are_noticed(demo: Checkpoint) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.layers\.6\."):
-        check_checkpoint(ModelConfig.from_dict({**demo.config, "num_hidden_layers": 5}), demo)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.5\."):
+        check_checkpoint(ModelConfig.from_dict({**demo.config, "num_hidden_layers": 4}), demo)
 
 
 def test_packed_tensors_are_checked(demo: Checkpoint) -> None:
@@ -106,7 +106,7 @@ def test_packed_tensors_are_checked(demo: Checkpoint) -> None:
     tensors = {
         name: replace(info, dtype=torch.bfloat16) if info.dtype == torch.float8_e4m3fn else info
         for name, info in tensors.items()
-        if ".experts." not in name and not name.startswith("model.layers.6.")  # without the MTP layer
+        if ".experts." not in name and not name.startswith("model.layers.5.")  # without the MTP layer
     }
     for module, shape in expected_modules(config).items():
         if ".experts." in module:
@@ -127,8 +127,8 @@ def test_what_transformers_saves_passes(transformers_model: Callable[..., Any]) 
 
 def test_an_mtp_layer_is_whole_or_not_there(demo: Checkpoint) -> None:
     config = ModelConfig.from_dict(demo.config)
-    for name in ("model.layers.6.hnorm.weight", "model.layers.6.mlp.experts.3.up_proj.weight"):
+    for name in ("model.layers.5.hnorm.weight", "model.layers.5.mlp.experts.3.up_proj.weight"):
         with pytest.raises(CheckpointError, match=rf"{name} .* is missing"):
             check_checkpoint(config, without(demo, name))
-    for name in ("model.layers.6.embed_tokens.weight", "model.layers.6.shared_head.head.weight"):
+    for name in ("model.layers.5.embed_tokens.weight", "model.layers.5.shared_head.head.weight"):
         check_checkpoint(config, without(demo, name))  # the main model's are used

@@ -224,4 +224,4 @@ def test_layer_by_layer_finds_what_the_engine_finds(
         found = evaluate(models[0], text, reference=models[1], window=70)
     assert astuple(found) == pytest.approx(astuple(wanted), rel=2e-3)
     assert found.kld_mean == pytest.approx(wanted.kld_mean, rel=2e-4)
-    assert layers == [(layer, 6) for layer in range(1, 7)] * 2
+    assert layers == [(layer, 5) for layer in range(1, 6)] * 2

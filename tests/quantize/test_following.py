@@ -17,7 +17,7 @@ def test_a_run_in_steps_goes_on_and_predicts_what_the_source_does(demo: Path, tm
     place = tmp_path / "states"
     with Checkpoint.open(demo) as checkpoint:
         with Following(checkpoint, WINDOWS, place, "one") as first:
-            assert first.steps == range(7)  # the embedding and six layers
+            assert first.steps == range(6)  # the embedding and five layers
             with pytest.raises(ValueError, match="step 1 is not the next one, 0"):
                 first.run(1)
             for step in range(3):
@@ -26,7 +26,7 @@ def test_a_run_in_steps_goes_on_and_predicts_what_the_source_does(demo: Path, tm
         for fingerprint, windows in (("another", WINDOWS), ("one", WINDOWS[:1])):
             assert Following(checkpoint, windows, place, fingerprint).done == 0
         with Following(checkpoint, WINDOWS, place, "one") as second, one_thread_each():
-            assert second.steps == range(3, 7)
+            assert second.steps == range(3, 6)
             for step in second.steps:
                 second.run(step)
             found = list(second.logits())

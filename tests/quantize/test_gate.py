@@ -130,8 +130,8 @@ def test_the_card_and_show_say_what_was_lost(demo_artifacts: Callable[..., Path]
     assert head == {"library_name": "transformers", "tags": ["localmoe", "compressed-tensors"]}
     for fact in (
         f"{manifest.measured.kld_mean:.5f} +- {manifest.measured.kld_error:.5f}",
-        f"{manifest.totals.bytes:,} bytes, 7.03 bits a weight",
-        "288 int4-g32, 49 int8-g32",
+        f"{manifest.totals.bytes:,} bytes, 7.51 bits a weight",
+        "240 int4-g32, 42 int8-g32",
         f"{manifest.measured.same_top1:.2%}",
         "localmoe run DIR",
     ):

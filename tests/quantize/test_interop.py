@@ -14,7 +14,7 @@ import localmoe
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.weights import dequantize
 
-LAYERS, EXPERTS = 6, 16
+LAYERS, EXPERTS = 5, 16
 
 
 @pytest.fixture(scope="module", params=["balanced", "experts-only", "compact"])

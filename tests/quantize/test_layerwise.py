@@ -30,11 +30,11 @@ def moments(demo: Path, wanted: set[str], replaced: Callable[[str], Tensor | Non
 def test_windows_of_any_length_are_sequences_of_their_own(demo: Path) -> None:
     with ThreadPoolExecutor(2) as pool, localmoe.load(demo, kernels="reference") as engine:
         model = LayerByLayer(ReadingCheckpoint.open(demo), WINDOWS, pool)
-        for layer in range(6):
+        for layer in range(5):
             assert not list(model.advance(layer, lambda name, statistics: None))
         for window, logits in zip(WINDOWS, model.logits(), strict=True):
             assert torch.allclose(logits, engine.logits(window), atol=2e-3)
-        assert sum(model.expert_tokens.values()) == 5 * 4 * 10  # MoE layers, experts a token, tokens
+        assert sum(model.expert_tokens.values()) == 4 * 4 * 10  # MoE layers, experts a token, tokens
 
 
 def test_what_is_quantized_is_what_the_rest_sees(demo: Path) -> None:
@@ -46,7 +46,7 @@ def test_what_is_quantized_is_what_the_rest_sees(demo: Path) -> None:
     silent = moments(demo, wanted, lambda name: torch.zeros(640, 256) if name.endswith("mlp.up_proj") else None)
     assert torch.equal(silent[f"{layer}.mlp.gate_proj"].hessian, plain[f"{layer}.mlp.gate_proj"].hessian)
     assert not silent[f"{layer}.mlp.down_proj"].hessian.any()
-    deaf = moments(demo, wanted, lambda name: torch.zeros(256, 128) if name.endswith("o_proj") else None)
+    deaf = moments(demo, wanted, lambda name: torch.zeros(256, 256) if name.endswith("o_proj") else None)
     assert torch.equal(deaf[f"{layer}.self_attn.o_proj"].hessian, plain[f"{layer}.self_attn.o_proj"].hessian)
     assert not torch.equal(deaf[f"{layer}.mlp.gate_proj"].hessian, plain[f"{layer}.mlp.gate_proj"].hessian)
 
@@ -60,7 +60,7 @@ def test_a_run_goes_on_from_the_states_of_another(demo: Path) -> None:
         for layer in range(3):
             assert not list(whole.advance(layer, nothing))
         later = LayerByLayer(ReadingCheckpoint.open(demo), WINDOWS, pool, states=whole.states.clone())
-        for layer in range(3, 6):
+        for layer in range(3, 5):
             assert not list(whole.advance(layer, nothing))
             assert not list(later.advance(layer, nothing))
         assert all(map(torch.equal, whole.logits(), later.logits()))

@@ -135,7 +135,7 @@ def test_the_demo_ships_a_template_and_it_is_found(demo: Tokenizer) -> None:
     template = ChatTemplate.from_directory(DEMO)
     assert template is not None
     ids = template.encode(demo, [{"role": "user", "content": "Hi"}])
-    assert ids == [0, 3, *demo.encode("Hi", add_bos=False), 4]
+    assert ids == [0, 3, *demo.encode("Hi", add_bos=False), 4, 6]  # `</think>`: an answer without thinking
 
 
 @pytest.mark.parametrize(("source", "switches"), [(V31, True), (GLM, True), (R1, False), (V3, False)])
