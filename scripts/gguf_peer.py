@@ -52,8 +52,6 @@ def main() -> None:
 
 
 def write_gguf(config: dict[str, Any], weights: Path, path: Path) -> None:
-    if config.get("rope_scaling"):
-        raise SystemExit("this converter knows plain RoPE only")
     out = gguf.GGUFWriter(path, "deepseek2")
     heads, rank, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
@@ -64,6 +62,8 @@ def write_gguf(config: dict[str, Any], weights: Path, path: Path) -> None:
     out.add_head_count(heads)
     out.add_head_count_kv(1)
     out.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    if scaling := config.get("rope_scaling"):
+        add_yarn(out, scaling)
     out.add_layer_norm_rms_eps(config["rms_norm_eps"])
     out.add_vocab_size(config["vocab_size"])
     if config.get("q_lora_rank"):
@@ -94,6 +94,16 @@ def write_gguf(config: dict[str, Any], weights: Path, path: Path) -> None:
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
+
+
+def add_yarn(out: gguf.GGUFWriter, scaling: dict[str, Any]) -> None:
+    """As llama.cpp's own converter writes DeepSeek's, which takes a tenth of `mscale_all_dim`."""
+    if scaling.get("type", scaling.get("rope_type")) != "yarn":
+        raise SystemExit("this converter knows plain RoPE and YaRN only")
+    out.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    out.add_rope_scaling_factor(scaling["factor"])
+    out.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    out.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
 
 
 def tensors(config: dict[str, Any], weights: Path) -> Iterator[tuple[str, np.ndarray]]:
