@@ -1,8 +1,8 @@
 """How fast a placement should be: bytes over bandwidths, multiply-adds over rates, and what each layer costs besides.
 
-Pure arithmetic on `Machine`'s figures. A part takes the larger of its reading and its computing; parts that overlap
-(the card's experts beside the CPU's) take the larger, parts that follow one another add up. Nothing is fitted to a
-result: where a prediction is off, a term is missing.
+Pure arithmetic on `Machine`'s figures. A part on the card takes the larger of its reading and its computing, on the CPU
+both; parts that overlap (the card's experts beside the CPU's) take the larger, parts that follow one another add up.
+Nothing is fitted to a result: where a prediction is off, a term is missing.
 """
 
 from __future__ import annotations
@@ -212,9 +212,10 @@ def _cold_experts(subject: Subject, machine: Machine, index: int, home: Residenc
     costs = Costs()
     for form, stored in layer.expert.stored.items():
         rate = cpu.cached.value if _in_cache(subject, cpu) else cpu.experts_rate(form)
-        reading = touched * stored / rate
-        computing = tokens * uses * layer.expert.weights.get(form, 0) / cpu.many_rate(form) if tokens > 1 else 0.0
-        costs[CPU_COMPUTE if computing > reading else CPU_MEMORY] += max(reading, computing)
+        costs[CPU_MEMORY] += touched * stored / rate
+        # On top: a thread reads a few rows and then multiplies them (measured, docs/benchmarks.md)
+        if tokens > 1:
+            costs[CPU_COMPUTE] += tokens * uses * layer.expert.weights.get(form, 0) / cpu.many_rate(form)
     fetched = _touched(home.disk_experts, k * home.disk_hits, tokens)
     costs[DISK] += fetched * layer.expert.nbytes / machine.disk.value
     return costs
@@ -240,9 +241,8 @@ def _touched(experts: int, uses: float, tokens: int) -> float:
 def _many_on_cpu(subject: Subject, cpu: CpuSpeed, part: Part, tokens: int) -> Costs:
     costs = Costs()
     for form, stored in part.stored.items():
-        reading = stored / _rate(subject, cpu, form)
-        computing = tokens * part.weights.get(form, 0) / cpu.many_rate(form)
-        costs[CPU_COMPUTE if computing > reading else CPU_MEMORY] += max(reading, computing)
+        costs[CPU_MEMORY] += stored / _rate(subject, cpu, form)
+        costs[CPU_COMPUTE] += tokens * part.weights.get(form, 0) / cpu.many_rate(form)
     return costs
 
 

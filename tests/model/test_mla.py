@@ -97,3 +97,17 @@ def test_decode_is_absorbed_and_long_chunks_are_naive(base_config: dict[str, Any
     assert cheaper_path(config, 512, 512) == "naive"
     assert cheaper_path(config, 512, 100_000) == "naive"
     assert cheaper_path(config, 16, 10_000) == "absorbed"  # a short follow-up to a long context
+
+
+def test_sharp_heads_leave_no_numbers_that_a_cpu_is_slow_with() -> None:
+    """The tiny ones are 0, which changes no sum: float32's rounding is 1e-7 of the largest."""
+    scores = 40 * torch.randn(3, 20, 60, generator=torch.Generator().manual_seed(0))
+    future = torch.ones(20, 20, dtype=torch.bool).triu_(1)
+    plain = scores.clone()
+    plain[..., -20:].masked_fill_(future, float("-inf"))
+    wanted = plain.softmax(-1)
+    assert ((wanted > 0) & (wanted < 1.2e-38)).any()
+    found = mla._causal_softmax(scores, future)
+    assert found[found > 0].min() >= 1e-30
+    assert (found == wanted)[wanted > 1e-30].all()
+    assert found.sum(-1).sub(1).abs().max() < 1e-6

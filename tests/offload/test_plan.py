@@ -146,7 +146,7 @@ def test_streaming_pays_from_the_batch_where_carrying_beats_computing() -> None:
     machine = Machine(simple(100e9), assumed_disk(), gpu)
     layers = [Residence(True)] * 27
     found = stream_from(lite, machine, layers)
-    # carrying 64 experts at 10 GB/s against 6 x T experts' weights at 100 G/s
-    carry = 64 * lite.sizes.expert / 10e9
+    # carrying 64 experts at 10 GB/s against reading them at 100 GB/s and computing 6 x T experts' weights at 100 G/s
+    carry = 64 * lite.sizes.expert * (1 / 10e9 - 1 / 100e9)
     assert found == pytest.approx(carry / (6 * 3 * 2048 * 1408 / 100e9), abs=1)
     assert stream_from(lite, machine, [Residence(True, gpu_experts=64, gpu_hits=1.0)] * 27) is None
