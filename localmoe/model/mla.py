@@ -97,7 +97,7 @@ def _causal_softmax(scores: Tensor, future: Tensor | None) -> Tensor:
     """Softmax of [A, T, S] over the keys, less than `_LEAST` as 0; the last T keys are this pass's own tokens."""
     if future is not None:
         scores[..., -len(future) :].masked_fill_(future, float("-inf"))
-    return F.threshold_(scores.softmax(dim=-1), _LEAST, 0.0)
+    return F.threshold(scores.softmax(dim=-1), _LEAST, 0.0, inplace=True)
 
 
 class Attention:
