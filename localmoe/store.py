@@ -32,6 +32,7 @@ from localmoe.hub.verify import MANIFEST, demo_directory
 
 __all__ = [
     "ARTIFACTS",
+    "CONVERTED",
     "RECIPES",
     "Artifact",
     "ModelRef",
@@ -48,7 +49,9 @@ __all__ = [
 ]
 
 RECIPES: tuple[str, ...] = ("balanced", "experts-only", "compact", "nf4")
-ARTIFACTS = (*RECIPES, "converted")
+CONVERTED = "converted"
+"""What stands for a recipe where others packed the source."""
+ARTIFACTS = (*RECIPES, CONVERTED)
 """What an artifact can be: of a recipe, or what others packed in our layout."""
 ENDINGS = (*ARTIFACTS, "source")
 # The hub's cache holds other programs' models too; `list` shows those we can run.

@@ -13,7 +13,7 @@ compressed-tensors' pack_to_int32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -301,23 +301,32 @@ def common_scheme(checkpoint: ForeignCheckpoint) -> Scheme:
 
     Raises UnsupportedModelError where there is none.
     """
-    rows = {checkpoint.shape(module)[1] for module in checkpoint.packed_modules()}
-    group = checkpoint.form.group
-    kind: Literal["int4", "int8"] = "int4" if checkpoint.form.bits == 4 else "int8"
-    for size in sorted(GROUP_SIZES, reverse=True):
-        if (group < 0 or group % size == 0) and all(row % size == 0 for row in rows):
-            return Scheme(kind, size)
-    raise _unsupported("group_size", group, f"no group of {', '.join(map(str, GROUP_SIZES))} divides it and every row")
+    form = checkpoint.form
+    found = _scheme(form, {checkpoint.shape(module)[1] for module in checkpoint.packed_modules()})
+    if found is None:
+        groups = ", ".join(map(str, GROUP_SIZES))
+        raise _unsupported("group_size", form.group, f"no group of {groups} divides it and every row")
+    return found
 
 
 def converted(form: Form, config: Mapping[str, Any]) -> QuantizationConfig:
     """What a conversion makes of matrices in `form`, from config.json alone, which does not name them: all but those
-    that hardly anybody packs. A group for a whole row becomes ours that divides the model's widths."""
-    widths = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
-    divided = [form.group] if form.group > 0 else [config[name] for name in widths if type(config.get(name)) is int]
-    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in divided)]
-    scheme = Scheme("int4" if form.bits == 4 else "int8", max(fitting, default=min(GROUP_SIZES)))
+    that hardly anybody packs."""
+    names = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
+    widths = {config[name] for name in names if type(config.get(name)) is int}
+    scheme = _scheme(form, widths) or Scheme(_kind(form), min(GROUP_SIZES))
     return QuantizationConfig((SchemeGroup(scheme, ("Linear",)),), ignore=("lm_head", *KEPT_PATTERNS))
+
+
+def _scheme(form: Form, rows: Iterable[int]) -> Scheme | None:
+    """The widest of our groups that divides the form's and rows of these widths."""
+    divided = [*rows, form.group] if form.group > 0 else [*rows]
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in divided)]
+    return Scheme(_kind(form), max(fitting)) if fitting else None
+
+
+def _kind(form: Form) -> Literal["int4", "int8"]:
+    return "int4" if form.bits == 4 else "int8"
 
 
 def open_packed(directory: Path) -> ForeignCheckpoint | None:

@@ -40,7 +40,7 @@ class _Wanted:
     @property
     def verb(self) -> str:
         """What is done with the files for `recipe`."""
-        return "convert" if self.recipe == "converted" else "quantize"
+        return "convert" if self.recipe == store.CONVERTED else "quantize"
 
     def disks(self) -> list[tuple[Path, int, int]]:
         """(a place on it, bytes needed, bytes free) of each disk."""
@@ -93,7 +93,7 @@ def _reckon(ref: ModelRef, recipe: str | None, survey: Survey, machine: Machine)
         raise UsageError(f"{ref.name} is quantized already and can only be converted; leave out :{ref.ending}")
     there = store.unfinished_bytes(store.artifact_dir(ref.name, made))
     # A conversion keeps the bits, and only the files say which matrices are packed
-    nbytes = survey.size_bytes if made == "converted" else subject.sizes.nbytes
+    nbytes = survey.size_bytes if made == store.CONVERTED else subject.sizes.nbytes
     return _Wanted(ref.name, made, survey, nbytes, there, speeds, plan)
 
 

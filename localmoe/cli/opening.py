@@ -121,7 +121,7 @@ def locate(model: str, *, announced: bool = False) -> Resolved:
             return resolved
         source = resolved.path
     if ref.ending is None and packed_by_others(source):
-        recipe = "converted"
+        recipe = store.CONVERTED
     _quantize_first(ref.name, recipe, source, announced)
     return store.resolve(model)
 

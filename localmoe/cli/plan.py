@@ -180,7 +180,7 @@ def _storage(values: Mapping[str, Any], recipe: str | None) -> tuple[Storage, st
     form = form_of(values)
     if form is not None:
         plain = {name: value for name, value in values.items() if name != "quantization_config"}
-        return Storage.of(plain, converted(form, values)), "converted"
+        return Storage.of(plain, converted(form, values)), store.CONVERTED
     quantization = recipe_named(recipe).for_model(values).quantization_config(group_size=32)
     storage = Storage.of(values, quantization)
     return storage, recipe if storage.quantization == quantization else None

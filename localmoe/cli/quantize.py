@@ -260,7 +260,7 @@ def _recipe(ref: ModelRef, flag: str | None, source: Path | None) -> str:
         check_choice(flag, store.RECIPES, "--recipe")
     if flag is not None and ending is not None and flag != ending:
         raise UsageError(f"--recipe {flag} contradicts the ending of {ref.name}:{ending}; give one of them")
-    return flag or ending or ("converted" if source is not None and packed_by_others(source) else "balanced")
+    return flag or ending or (store.CONVERTED if source is not None and packed_by_others(source) else "balanced")
 
 
 def _grid(text: str) -> Literal["mse", "absmax"]:

@@ -45,7 +45,7 @@ class Positions:
     path: Path
 
 
-_LEAST = 1e-30
+_NEGLIGIBLE = 1e-30
 """Far below a float32 sum's rounding. Sharp heads leave numbers with which a CPU multiplies fifteen times slower."""
 
 
@@ -94,10 +94,10 @@ def _expand(latent: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _causal_softmax(scores: Tensor, future: Tensor | None) -> Tensor:
-    """Softmax of [A, T, S] over the keys, less than `_LEAST` as 0; the last T keys are this pass's own tokens."""
+    """Softmax of [A, T, S] over the keys, what is `_NEGLIGIBLE` as 0; the last T keys are this pass's own tokens."""
     if future is not None:
         scores[..., -len(future) :].masked_fill_(future, float("-inf"))
-    return F.threshold(scores.softmax(dim=-1), _LEAST, 0.0, inplace=True)
+    return F.threshold(scores.softmax(dim=-1), _NEGLIGIBLE, 0.0, inplace=True)
 
 
 class Attention:

@@ -53,8 +53,7 @@ def test_every_fp8_matrix_of_the_demo_equals_block_by_block_exactly(demo: Path) 
             assert np.array_equal(found.numpy(), expected), name
             count += 1
             edges += info.shape[0] % 128 != 0 or info.shape[1] % 128 != 0
-    assert count > 250
-    assert edges > 5
+    assert (count, edges) == (288, 6)
 
 
 @pytest.mark.parametrize("slab_bytes", [1, 128 * 160, 1 << 20])
