@@ -2,7 +2,8 @@
 
 Shards are laid out beforehand, allocated in full as `NAME.partial`, and filled tensor by tensor in any order.
 A journal (journal.py) lists the tensors that are on disk; a second run with the same fingerprint goes on after
-them. At the end the shards get their names, then config and index, and the manifest comes last.
+them. A thread beside the work waits for the disk, and hashes what is there. At the end the shards get their names, then
+config and index, and the manifest comes last.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import CheckpointError, StorageError, UsageError, VerificationError
+from localmoe.formats.growing_hash import GrowingHash
 from localmoe.formats.journal import JOURNAL_NAME, Journal, storage_errors, sync_directory
 from localmoe.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, Settings
 from localmoe.formats.safetensors import TensorInfo, read_header
@@ -32,7 +34,6 @@ INDEX_NAME = "model.safetensors.index.json"
 PARTIAL = ".partial"
 
 _SYNC_BYTES = 128 * 2**20  # written data may be redone after a kill up to this much
-_HASH_BYTES = 4 * 2**20
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 Facts = Mapping[str, Mapping[str, Any]]
 _ALLOCATION_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -54,6 +55,10 @@ class CheckpointWriter:
         self._descriptors: dict[str, int] = {}
         self._pending: list[dict[str, Any]] = []
         self._unsynced = 0
+        self._syncing: Future[None] | None = None
+        self._background = ThreadPoolExecutor(max_workers=1)
+        unit_of = {name: unit.name for unit in units for name in unit.tensors}
+        self._hashes = {shard.file: GrowingHash(shard, unit_of) for shard in shards}
 
     @classmethod
     def open(
@@ -111,7 +116,8 @@ class CheckpointWriter:
         self._pending.append({"unit": unit, "record": self.records[unit]})
         self._unsynced += self._unit_bytes[unit]
         if self._unsynced >= _SYNC_BYTES:
-            self.sync()
+            self._wait_for_disk()
+            self._syncing = self._background.submit(self._sync, self._taken())
 
     def remember(self, key: str, fact: Mapping[str, Any]) -> None:
         """Keep a fact about the source, such as a file's hash, over a kill: see `facts`."""
@@ -119,14 +125,9 @@ class CheckpointWriter:
         self._pending.append({"fact": key, "value": self.facts[key]})
 
     def sync(self) -> None:
-        """Data to disk first, then the journal's word for it."""
-        with storage_errors(self.directory):
-            for descriptor in self._descriptors.values():
-                os.fdatasync(descriptor)
-        if self._pending:
-            self._journal.append(self._pending)
-        self._pending = []
-        self._unsynced = 0
+        """Have all that was written on the disk, and wait for it."""
+        self._wait_for_disk()
+        self._to_disk(self._taken())
 
     def tensors(self) -> dict[str, TensorInfo]:
         """What is being written, as it lies in the files now."""
@@ -182,10 +183,36 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close the files and release the directory."""
+        self._background.shutdown()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
         self._journal.close()
+
+    def _taken(self) -> list[dict[str, Any]]:
+        """The journal's next entries, whose data has been written."""
+        taken, self._pending, self._unsynced = self._pending, [], 0
+        return taken
+
+    def _wait_for_disk(self) -> None:
+        """Until nothing goes on in the background. Raises what went wrong there."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
+
+    def _sync(self, entries: list[dict[str, Any]]) -> None:
+        self._to_disk(entries)
+        with storage_errors(self.directory):
+            for file, growing in self._hashes.items():
+                growing.advance(self._descriptors[file], self.records)
+
+    def _to_disk(self, entries: list[dict[str, Any]]) -> None:
+        """Data first, then the journal's word for it."""
+        with storage_errors(self.directory):
+            for descriptor in self._descriptors.values():
+                os.fdatasync(descriptor)
+        if entries:
+            self._journal.append(entries)
 
     def _check_owner(self, settings: Settings) -> None:
         """The journal's head is read under its lock, so this is the word that counts."""
@@ -262,21 +289,17 @@ class CheckpointWriter:
                 raw, offset = raw[count:], offset + count
 
     def _hash_shards(self, progress: Callable[[int, str], None]) -> dict[str, FileRecord]:
-        """SHA-256 of every shard as it is on disk, two files at a time."""
+        """SHA-256 of every shard as it is on disk, two files at a time; the beginnings have been hashed by now."""
         with ThreadPoolExecutor(max_workers=2) as pool:
             jobs = [pool.submit(self._hash, shard, progress) for shard in self._shards]
             return {shard.file: job.result() for shard, job in zip(self._shards, jobs, strict=True)}
 
     def _hash(self, shard: Shard, progress: Callable[[int, str], None]) -> FileRecord:
-        digest = hashlib.sha256()
-        buffer = bytearray(_HASH_BYTES)
-        offset = 0
+        growing = self._hashes[shard.file]
+        progress(growing.hashed, shard.file)
         with storage_errors(self.directory):
-            while count := os.preadv(self._descriptors[shard.file], [buffer], offset):
-                digest.update(memoryview(buffer)[:count])
-                offset += count
-                progress(count, shard.file)
-        return FileRecord(digest.hexdigest(), offset)
+            growing.advance(self._descriptors[shard.file], self._unit_bytes, lambda count: progress(count, shard.file))
+        return FileRecord(growing.hexdigest(), shard.size)
 
     def _strays(self, keep: set[str]) -> list[Path]:
         """Shards and partial shards in the directory whose names are not in `keep`."""

@@ -133,6 +133,34 @@ def test_resumed_bytes_equal_uninterrupted_ones(tmp_path: Path) -> None:
         assert {path.name: path.read_bytes() for path in directory.iterdir()} == whole
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_the_disk_is_waited_for_beside_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = written(tmp_path / "whole", units())
+    monkeypatch.setattr(writer, "_SYNC_BYTES", 1000)  # of 656 a unit
+    assert written(tmp_path / "often", units()) == whole
+    seen = []
+    with CheckpointWriter.open(tmp_path / "half", SETTINGS, "f", units()) as target:
+        fill(target, units()[:4])
+        target.sync()
+        fill(target, units())
+        target.commit({"config.json": b"{}"}, manifest_of, lambda count, file: seen.append(count))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == whole
+    assert sum(seen) == sum(len(data) for name, data in whole.items() if name.endswith(".safetensors"))
+
+
+def test_a_disk_that_fails_beside_the_work_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "_SYNC_BYTES", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", full_disk)
+        with pytest.raises(StorageError, match="No space left"):
+            written(tmp_path / "o", units())
+    with CheckpointWriter.open(tmp_path / "o", SETTINGS, "f", units()) as target:
+        assert target.records == {}  # the journal promises nothing that the disk did not take
+
+
 def test_facts_survive(tmp_path: Path) -> None:
     interrupt(tmp_path / "o", "f", units(), [])
     with CheckpointWriter.open(tmp_path / "o", SETTINGS, "f", units()) as target:

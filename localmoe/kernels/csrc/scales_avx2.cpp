@@ -11,9 +11,8 @@ constexpr int kWidth = 8;
 
 namespace localmoe {
 namespace {
-inline Floats nearest_between(Floats x, Floats lowest, Floats highest) {
-  return _mm256_round_ps(_mm256_min_ps(_mm256_max_ps(x, lowest), highest), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline Floats nearest(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline bool any_above(Floats x, Floats limit) { return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ)) != 0; }
 }  // namespace
 }  // namespace localmoe
 

@@ -11,12 +11,11 @@ constexpr int kWidth = 16;
 
 namespace localmoe {
 namespace {
-inline Floats nearest_between(Floats x, Floats lowest, Floats highest) {
-  x = x > lowest ? x : lowest;
-  x = x < highest ? x : highest;
+inline Floats nearest(Floats x) {
   // Masked: GCC warns of what the plain one leaves undefined
   return _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline bool any_above(Floats x, Floats limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ) != 0; }
 }  // namespace
 }  // namespace localmoe
 

@@ -10,10 +10,10 @@ constexpr int kWidth = 4;
 namespace localmoe {
 namespace {
 // Adding 1.5 * 2^23 leaves no bits for a fraction, and rounds half to even.
-inline Floats nearest_between(Floats x, Floats lowest, Floats highest) {
-  x = x > lowest ? x : lowest;
-  x = x < highest ? x : highest;
-  return (x + 12582912.0f) - 12582912.0f;
+inline Floats nearest(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+inline bool any_above(Floats x, Floats limit) {
+  const Ints above = x > limit;
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
 }
 }  // namespace
 }  // namespace localmoe
