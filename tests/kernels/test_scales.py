@@ -115,6 +115,21 @@ def test_what_is_not_finite_is_refused(value: float, dtype: torch.dtype) -> None
     assert huge.squared_norm == float("inf")
 
 
+@pytest.mark.parametrize("tier", available_tiers())
+def test_every_fp8_code_is_read(tier: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(40, 1)
+    codes[codes & 127 == 127] = 0
+    values, factors = codes.view(torch.float8_e4m3fn), torch.tensor([[3e-3, 1e-30]])
+    scheme = Scheme("int8", 32)
+    grid = searched_grid(scheme, "mse")
+    same(scales.search(values, grid, factors=factors, tier=tier), fp8.dequantize(values, factors), scheme, "mse")
+    for row, code in itertools.product((0, 39), (127, 255)):  # NaN
+        damaged = codes.clone()
+        damaged[row, 37] = code
+        found = scales.search(damaged.view(torch.float8_e4m3fn), grid, factors=factors, tier=tier)
+        assert found.norms.isnan().nonzero().tolist() == [[row, 1]]
+
+
 def test_scales_alone() -> None:
     scheme, importance = Scheme("int4", 32), torch.rand(COLUMNS)
     rows = weights("outliers")
