@@ -57,8 +57,9 @@ class Plan:
 
     @property
     def reading_order(self) -> list[Job]:
-        """The jobs as their sources lie in the files."""
-        return sorted(self.jobs, key=lambda job: (job.source.file.name, job.source.offset))
+        """The jobs file by file of the source, in a file as they are written: so what is written has no holes for long
+        and can be hashed as it comes."""
+        return sorted(self.jobs, key=lambda job: job.source.file.name)
 
 
 def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
@@ -73,7 +74,7 @@ def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
     recipe = recipe.for_model(checkpoint.config)
     dropped = _equal_copies(reader)
     jobs, kept_back = [], []
-    for info in sorted(checkpoint.tensors.values(), key=lambda info: _natural(info.name)):
+    for info in sorted(checkpoint.tensors.values(), key=lambda info: _output_order(info.name)):
         if info.name in dropped or info.name.endswith(SCALE):
             continue
         job = _job(info, recipe, group_size, tied=bool(checkpoint.config.get("tie_word_embeddings")))
@@ -107,7 +108,7 @@ def plan_conversion(checkpoint: ForeignCheckpoint) -> Plan:
     ]
     kept = [info for info in checkpoint.tensors.values() if info.name not in companions]
     jobs += [Job("copy", info, Unit(info.name, {info.name: (info.dtype, info.shape)})) for info in kept]
-    jobs.sort(key=lambda job: _natural(job.unit.name))
+    jobs.sort(key=lambda job: _output_order(job.unit.name))
     plain = [module for info in kept if (module := _module(info))]
     config = QuantizationConfig((SchemeGroup(scheme, ("Linear",)),), _ignore_patterns(plain, sorted(packed)))
     for job in jobs:
@@ -209,6 +210,11 @@ def _output_config(source: dict[str, Any], quantization: QuantizationConfig, fp8
         spelled = [key for key in ("dtype", "torch_dtype") if key in config]
         config |= dict.fromkeys(spelled or ["torch_dtype"], "bfloat16")
     return config | {"quantization_config": quantization.to_dict()}
+
+
+def _output_order(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    """The head last, as sources have it: it is written last, then."""
+    return name.startswith("lm_head."), _natural(name)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -43,7 +43,7 @@ def open_found(resolved: Resolved, machine: Machine) -> Engine:
     """The engine of a model that was found."""
     streams.passing_remark(f"loading {label(resolved)} ...")
     try:
-        with _nothing_collected():
+        with nothing_collected():
             engine = load_engine(resolved.path, machine)
     finally:
         streams.passing_remark("")
@@ -70,7 +70,7 @@ def _tell_what_the_disk_costs(resolved: Resolved, machine: Machine) -> None:
 
 
 @contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
+def nothing_collected() -> Iterator[None]:
     """No search for garbage while torch and the model come, of which none is: one pass over torch's objects takes a
     tenth of a second. Later passes leave out what was there after the first model; a second one's is looked at."""
     gc.disable()

@@ -12,7 +12,7 @@ import typer
 
 from localmoe import store
 from localmoe.cli import options, prompt, streams, units
-from localmoe.cli.opening import packed_by_others
+from localmoe.cli.opening import nothing_collected, packed_by_others
 from localmoe.cli.option_groups import grouped
 from localmoe.cli.sanitize import printable_line
 from localmoe.cli.values import check_choice
@@ -178,8 +178,9 @@ def make_artifact(
 
     try:
         with progress_bar("quantize") as advance:
-            from quantize.gate import Gate
-            from quantize.pipeline import quantize as run_pipeline
+            with nothing_collected():
+                from quantize.gate import Gate
+                from quantize.pipeline import quantize as run_pipeline
 
             return run_pipeline(
                 source,
@@ -225,8 +226,9 @@ def _discarding(
     found = pull_without_weights(ref, revision=wanted.revision)
     try:
         with progress_bar("quantize") as advance:
-            from quantize.discard import quantize_from_hub
-            from quantize.gate import Gate
+            with nothing_collected():
+                from quantize.discard import quantize_from_hub
+                from quantize.gate import Gate
 
             report = quantize_from_hub(
                 found,
