@@ -25,6 +25,11 @@ class DraftLength(Protocol):
         """How many to guess now."""
         ...
 
+    @property
+    def rests(self) -> bool:
+        """After `next`: whether the pass after this one guesses nothing, whatever comes of this one."""
+        ...
+
     def record(self, drafted: int, accepted: int, seconds: float) -> None:
         """A pass that checked `drafted` guesses and found the first `accepted` right took `seconds`, guessing included
         and without what every token takes once, however it was computed (drawing it, its text)."""
@@ -36,6 +41,7 @@ class FixedLength:
 
     def __init__(self, length: int) -> None:
         self.best = length
+        self.rests = length == 0
 
     def next(self) -> int:
         """See `DraftLength`."""
@@ -60,7 +66,7 @@ class MeasuredLength:
     _PRIOR, _PRIOR_WEIGHT = 0.6, 2  # acceptance before anything is known, as if so many guesses had been checked
     _OFTEN, _SELDOM = 64, 512  # passes until another length is tried again: doubling while guessing loses
     _TRIAL = 2  # passes of such a trial
-    _REST = 8  # plain passes, at most, between two looks at the times where guessing loses: looking takes time, too
+    _REST = 32  # plain passes, at most, between two looks at the times where guessing loses: looking takes time, too
     _MARGIN = 1.02  # guessing must win by: it is not to lose when the measured times are a little off
     _CREDIT_RATE = 0.02  # of plain passes
     _FIRST_CREDIT, _MOST_CREDIT, _LEAST_CREDIT = 1.0, 4.0, -2.0  # plain passes
@@ -112,6 +118,11 @@ class MeasuredLength:
         self._rest = max(0, min(int(passes), self._longest_rest) - 1)
         self._longest_rest = min(2 * self._longest_rest, self._REST)
         return 0
+
+    @property
+    def rests(self) -> bool:
+        """See `DraftLength`."""
+        return self._rest > 0
 
     def record(self, drafted: int, accepted: int, seconds: float) -> None:
         """See `DraftLength`."""

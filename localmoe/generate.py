@@ -176,13 +176,16 @@ class _Passes:
     def next(self, token_id: int, most: int) -> Tensor:
         """Compute `token_id` and what is guessed to follow it, `most` tokens at most; a row of logits for each."""
         started = time.perf_counter()
-        wanted = 0 if self._lengths is None else min(self._lengths.next(), most)
+        wanted, guessing = 0, False
+        if self._lengths is not None:
+            wanted, guessing = min(self._lengths.next(), most), not self._lengths.rests
         self._drafts = self._cached.draft(token_id, wanted, self._guess, self._turn) if wanted else []
         if self._constraint is not None:
             self._drafts = self._constraint.fitting(self._drafts)
         self._count += 1
         self._drafted += len(self._drafts)
-        rows = self._cached.extend(self._model, [token_id, *self._drafts], self._turn, every=True)
+        tokens = [token_id, *self._drafts]
+        rows = self._cached.extend(self._model, tokens, self._turn, every=True, guessing=guessing)
         self._seconds = time.perf_counter() - started
         return rows
 

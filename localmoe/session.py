@@ -97,22 +97,25 @@ class CachedTokens:
         self._branches.keep_within(self.capacity - len(token_ids))
         return kept, self._turn
 
-    def extend(self, model: LanguageModel, token_ids: Sequence[int], turn: int, *, every: bool = False) -> Tensor:
+    def extend(
+        self, model: LanguageModel, token_ids: Sequence[int], turn: int, *, every: bool = False, guessing: bool = True
+    ) -> Tensor:
         """Run the model over more tokens; float32 logits [1, V] of the last, or [T, V] of every one.
 
-        Raises UsageError for an old turn.
+        Without `guessing` nothing is guessed after them, and no states are kept for it. Raises UsageError for an old
+        turn.
         """
         self._check(turn)
         ids = torch.tensor(token_ids)
         states = None
         with torch.inference_mode():
-            if self.drafter is not None and self.drafter.needs_states:
+            if guessing and self.drafter is not None and self.drafter.needs_states:
                 states = model.states(ids, self.cache)  # [T, H]
                 logits = model.logits(states if every else states[-1:])
             else:
                 logits = model.forward(ids, self.cache, last_only=not every)
         self._ids += token_ids
-        if self.drafter is not None:
+        if self.drafter is not None and (states is not None or not self.drafter.needs_states):
             self.drafter.observe(self._ids, states)
         self._branches.keep_within(self.capacity - len(self._ids))
         return logits

@@ -38,7 +38,8 @@ class Drafter(Protocol):
         ...
 
     def observe(self, token_ids: Sequence[int], states: Tensor | None) -> None:
-        """The cache now holds `token_ids`, the last of which were just computed: their states, float32 [T, H]."""
+        """The cache now holds `token_ids`, the last of which were just computed: their states, float32 [T, H]. One that
+        needs states is not told of every pass; it needs to know the one before a guess."""
         ...
 
     def draft(self, token_ids: Sequence[int], next_id: int, count: int, choose: Choose) -> list[int]:
@@ -65,8 +66,9 @@ class MtpDrafter:
     The layer's cache lags behind the main one: a row needs the token after it. States wait until a guess is asked for,
     and join its pass. Where they are many, their rows alone are made, so a pause in guessing costs next to nothing.
 
-    The rows are those of tokens `start`, `start + 1`, ...: of the whole text, unless it began without this drafter.
-    Then the layer attends to what came since, and is right less often at first.
+    The rows are those of tokens `start`, `start + 1`, ...: of the whole text, unless some were not observed, at its
+    beginning or where nothing was to be guessed for a while. Then the layer attends to what came since, and is right less
+    often at first.
     """
 
     name = "mtp"
@@ -97,10 +99,9 @@ class MtpDrafter:
 
     def keep(self, count: int) -> int:
         """See `Drafter`."""
-        if self.seen == self.start or count <= self.start:
+        if self.seen == self.start or not self.start < count <= self.seen:
             self.restart(count)
             return count
-        count = min(count, self.seen)
         if count > self._first:
             self._drop_states(count)
             self._drop_rows(count - 1)

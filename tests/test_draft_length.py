@@ -75,6 +75,22 @@ def test_it_follows_a_text_that_changes() -> None:
     assert mean(again) > 1.4
 
 
+def test_no_guess_follows_where_it_says_so() -> None:
+    dice, lengths, rested = random.Random(1), MeasuredLength(3), 0
+    share = 0.0
+    for step in range(20_000):
+        rests = lengths.rests
+        drafted = lengths.next()
+        assert not (rests and drafted)
+        rested += lengths.rests
+        share = dice.random() if step % 700 == 0 else share
+        accepted = sum(dice.random() < share for _ in range(drafted))
+        lengths.record(drafted, accepted, PLAIN * (1 + 0.5 * drafted) * dice.lognormvariate(0, 0.1))
+    assert rested > 5000
+    assert FixedLength(0).rests
+    assert not FixedLength(2).rests
+
+
 def test_one_slow_pass_decides_nothing() -> None:
     """The first guess reads the MTP layer's weights from the disk."""
     lengths = MeasuredLength(3)

@@ -97,16 +97,22 @@ def check(cached: CachedTokens) -> int:
     return len(rows)
 
 
-def go_on(cached: CachedTokens, wanted: Sequence[int], dice: random.Random, passes: int) -> None:
-    """A prompt, and passes with guesses, of which some are right."""
+def go_on(
+    cached: CachedTokens, wanted: Sequence[int], dice: random.Random, passes: int, resting: Sequence[int] = ()
+) -> None:
+    """A prompt, and passes with guesses, of which some are right; those with a number in `resting` are plain ones that
+    no guess follows."""
     model = Recorder()
     known, turn = cached.begin(wanted)
     cached.extend(model, list(wanted[known:]), turn)
-    for _ in range(passes):
+    for number in range(passes):
         check(cached)
+        if number in resting:
+            cached.extend(model, [dice.randrange(VOCABULARY)], turn, every=True, guessing=False)
+            continue
         token, count = dice.randrange(VOCABULARY), dice.choice((0, 0, 1, 3))
         drafts = cached.draft(token, count, lambda logits, ahead: dice.randrange(VOCABULARY), turn) if count else []
-        assert len(drafts) == count
+        assert len(drafts) == (0 if number - 1 in resting else count)
         if dice.random() < 0.05:
             return  # an interrupt between the guess and the pass
         cached.extend(model, [token, *drafts], turn, every=True)
@@ -129,6 +135,21 @@ def test_any_walk_has_the_right_rows() -> None:
         assert isinstance(cached.drafter, MtpDrafter)
         assert cached.drafter.start == 0  # nothing was missed
         assert cached.drafter.seen == len(cached.token_ids)
+
+
+def test_rows_begin_anew_after_passes_that_no_guess_followed() -> None:
+    dice, cached = random.Random(6), new()
+    drafter = cached.drafter
+    assert isinstance(drafter, MtpDrafter)
+    go_on(cached, [dice.randrange(VOCABULARY) for _ in range(30)], dice, 20, resting=range(8, 12))
+    assert drafter.start > 30
+    assert drafter.seen == len(cached.token_ids)
+    go_on(cached, cached.token_ids, dice, 9, resting=range(5, 9))
+    assert drafter.seen < len(cached.token_ids)
+    known, _ = cached.begin([*cached.token_ids, 1])
+    assert known == len(cached.token_ids)  # nothing is computed again for the sake of its rows
+    go_on(cached, [*cached.token_ids, 1], dice, 10)
+    assert check(cached) > 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
