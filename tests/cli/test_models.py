@@ -75,7 +75,10 @@ def test_quantize_gate(invoke, empty_home):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--recipe", "fast"], "--recipe: 'fast' is not one of balanced, experts-only, compact, nf4"),
+        (
+            ["demo", "--recipe", "fast"],
+            "'fast' is not one of balanced, experts-only, local, compact, int8, nf4",
+        ),
         (["demo:compact", "--recipe", "nf4"], "contradicts"),
         (["demo", "--group-size", "48"], "--group-size"),
         (["demo", "--grid", "fine"], "--grid"),

@@ -17,6 +17,7 @@ from torch import Tensor
 import localmoe
 from localmoe.load import Engine
 from localmoe.model.kv_cache import LatentCache
+from quantize.recipes import RECIPES
 
 MOST_IN_THE_MEAN, MOST_IN_THE_MIDDLE = 8e-3, 1e-3
 PROMPT = "Tell me a story about a goat and a drum."
@@ -37,7 +38,7 @@ def token_by_token(engine: Engine, ids: list[int]) -> Tensor:
         return torch.cat([model.forward(torch.tensor([token_id]), cache) for token_id in ids])
 
 
-@pytest.mark.parametrize("recipe", ["balanced", "experts-only", "compact", "nf4"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_engine_is_the_reference_within_rounding(recipe: str, demo_artifacts: Callable[..., Path]) -> None:
     directory = demo_artifacts(recipe)
     with localmoe.load(directory) as engine, localmoe.load(directory, kernels="reference") as reference:
