@@ -30,8 +30,8 @@ vLLM does from 0.25 on (`allow_tile_padding`); an older one takes what SGLang ta
 
 PLAIN_EMBEDDING = "unquantized embedding"
 TRANSFORMERS = (
-    "transformers (5.23) does not load it either: it wants to initialize an embedding that has no plain weight. "
-    "Only localmoe opens these files."
+    "transformers (5.23) does not load it either, as it is: it gives every embedding first values, and a quantized one "
+    "has nothing to hold them. These files are for localmoe."
 )
 """What is to be said where that rule is broken (tests/quantize/test_interop.py tries it)."""
 

@@ -38,6 +38,7 @@ _PARTS = (  # the first that a module's name contains
     (".mlp.", "dense MLP"),
     (".self_attn.", "attention"),
     ("lm_head", "head"),
+    ("embed_tokens", "embedding"),
 )
 
 
