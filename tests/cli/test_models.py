@@ -100,7 +100,7 @@ def test_quantize_says_that_int8_is_not_calibrated(invoke, empty_home):
     plain = invoke("quantize", "demo", "--recipe", "int8", "--grid", "absmax", "--no-gate", "--json")
     assert (plain.err, plain.json["already_there"]) == ("", True)
     assert invoke("verify", "demo:int8").status == 0
-    assert [entry["recipe"] for entry in invoke("list", "--json").json["models"] if entry["recipe"]] == ["int8"]
+    assert "int8" in [entry["recipe"] for entry in invoke("list", "--json").json["models"]]
     served = invoke("show", "demo:int8", "--serving").out
     assert served.count("  does not load it: model.embed_tokens is quantized") == 2
     assert "transformers (5.23) does not load it either" in served
