@@ -28,6 +28,13 @@ PADS_TILES = {"vLLM": True, "SGLang": False}
 """Whether the engine pads what is no multiple of them, all but the hidden size; groups must divide it all the same.
 vLLM does from 0.25 on (`allow_tile_padding`); an older one takes what SGLang takes."""
 
+PLAIN_EMBEDDING = "unquantized embedding"
+TRANSFORMERS = (
+    "transformers (5.23) does not load it either, as it is: it gives every embedding first values, and a quantized one "
+    "has nothing to hold them. These files are for localmoe."
+)
+"""What is to be said where that rule is broken (tests/quantize/test_interop.py tries it)."""
+
 _VLLM = "vllm/model_executor/layers/quantization"
 _SGLANG = "sglang/srt/layers"
 _MARLIN = f"{_VLLM}/utils/marlin_utils.py"
@@ -76,6 +83,7 @@ class Layout:
             self.quantization = QuantizationConfig.from_dict(self.raw)
         self.modules = expected_modules(self.model)
         found = self.quantization
+        self.embedding_scheme: Scheme | None = found.scheme_for("model.embed_tokens") if found is not None else None
         self._schemes = {name: found.scheme_for(name) for name in self.modules} if found is not None else {}
 
     def scheme(self, module: str) -> Scheme | None:
@@ -255,6 +263,17 @@ def plain_head(layout: Layout) -> Iterator[Problem]:
             yield Problem(engine, "unquantized head", "lm_head is quantized", source)
 
 
+def plain_embedding(layout: Layout) -> Iterator[Problem]:
+    """vLLM's recent versions read rows of a packed embedding, in some of their models. SGLang takes every embedding for
+    a plain one: it leaves the packed tensors out with no more than a warning, and goes on."""
+    if layout.embedding_scheme is not None:
+        left_out = {"vLLM": "", "SGLang": ", and would be left out without an error"}
+        for engine in ENGINES:
+            package = _VLLM if engine == "vLLM" else f"{_SGLANG}/quantization"
+            source = f"{package}/compressed_tensors/compressed_tensors.py: get_quant_method"
+            yield Problem(engine, PLAIN_EMBEDDING, f"model.embed_tokens is quantized{left_out[engine]}", source)
+
+
 def plain_kv_b(layout: Layout) -> Iterator[Problem]:
     """SGLang absorbs kv_b_proj at loading and wants its numbers, not packed words."""
     if any(layout.scheme(module) is not None for module in layout.modules if module.endswith(".kv_b_proj")):
@@ -271,6 +290,7 @@ RULES: tuple[Rule, ...] = (
     experts_are_the_linear_group,
     merged_linears,
     plain_head,
+    plain_embedding,
     plain_kv_b,
 )
 

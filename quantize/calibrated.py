@@ -66,7 +66,7 @@ def calibrate(decided: Plan, conversion: Conversion, hasher: SourceHasher, direc
         return dequantize(written.weight(module)) if module in done else None
 
     with one_thread_each(), ThreadPoolExecutor(workers()) as pool:
-        model = LayerByLayer(source, windows, pool, wanted, replaced)
+        model = LayerByLayer(source, windows, pool, wanted, replaced, embedding=written)
         try:
             for module, record in calibrate_layers(model, consume):
                 assert isinstance(record, dict)

@@ -9,7 +9,7 @@ from typing import Any
 
 from localmoe.errors import UnsupportedModelError
 from localmoe.formats.manifest import Manifest, Measured
-from localmoe.serving import support
+from localmoe.serving import PLAIN_EMBEDDING, TRANSFORMERS, support
 
 CARD_NAME = "README.md"
 
@@ -21,7 +21,7 @@ def card(manifest: Manifest, config: Mapping[str, Any]) -> bytes:
     model_type = config.get("model_type")
     name = manifest.source.name if _REPO.fullmatch(manifest.source.name or "") else None
     parts = [
-        _front_matter(name, manifest),
+        _front_matter(name, manifest, "model.embed_tokens" in manifest.tensors),
         f"# {name or model_type}, quantized with localmoe: {manifest.settings.recipe}\n",
         _facts(manifest, name),
         _loss(manifest.measured),
@@ -33,8 +33,9 @@ def card(manifest: Manifest, config: Mapping[str, Any]) -> bytes:
     return "\n".join(parts).encode()
 
 
-def _front_matter(name: str | None, manifest: Manifest) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- localmoe"]
+def _front_matter(name: str | None, manifest: Manifest, packed_embedding: bool) -> str:
+    library = "localmoe" if packed_embedding else "transformers"
+    lines = ["---", f"library_name: {library}", "tags:", "- localmoe"]
     if manifest.settings.recipe != "nf4":
         lines.append("- compressed-tensors")
     if name is not None:
@@ -118,4 +119,6 @@ def _serving(config: Mapping[str, Any]) -> str:
         lines.append(f"{found.engine}, on {', '.join(map(str, found.tensor_parallel_whole_experts))} GPUs:\n")
         commands = [line for purpose, typed in found.commands for line in (f"# {purpose}", *typed)]
         lines.append("\n".join(["```", *commands, "```\n"]))
+    if any(problem.rule == PLAIN_EMBEDDING for found in engines for problem in found.problems):
+        lines.append(f"{TRANSFORMERS}\n")
     return "\n".join(lines)

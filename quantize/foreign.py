@@ -27,7 +27,7 @@ from localmoe.formats.checkpoint import ReadingCheckpoint, read_json, tensors_of
 from localmoe.formats.safetensors import TensorInfo
 from localmoe.formats.scheme import GROUP_SIZES, QuantizationConfig, Scheme, SchemeGroup
 from localmoe.formats.weights import DenseWeight, Weight
-from quantize.recipes import KEPT_PATTERNS
+from quantize.recipes import PART_PATTERNS
 
 Packing = Literal["gptq", "awq", "compressed-tensors"]
 
@@ -315,7 +315,8 @@ def converted(form: Form, config: Mapping[str, Any]) -> QuantizationConfig:
     names = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
     widths = {config[name] for name in names if type(config.get(name)) is int}
     scheme = _scheme(form, widths) or Scheme(_kind(form), min(GROUP_SIZES))
-    return QuantizationConfig((SchemeGroup(scheme, ("Linear",)),), ignore=("lm_head", *KEPT_PATTERNS))
+    left = ("lm_head", *PART_PATTERNS["router"], *PART_PATTERNS["mtp_input"])
+    return QuantizationConfig((SchemeGroup(scheme, ("Linear",)),), ignore=left)
 
 
 def _scheme(form: Form, rows: Iterable[int]) -> Scheme | None:

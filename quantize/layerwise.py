@@ -70,7 +70,8 @@ Consume = Callable[[str, Statistics], object]
 
 class LayerByLayer:
     """One pass over `windows`, each a sequence of its own. `wanted` are the modules whose statistics are asked for.
-    What `replaced` has another weight for is run with that, so that what comes after sees the error it will see.
+    What `replaced` has another weight for is run with that, so that what comes after sees the error it will see; the
+    embedding's rows are those of the checkpoint `embedding`, if there is one.
 
     `advance` runs the next layer; after the last, `logits` gives the predictions. `states` are those between two layers
     of an earlier pass, to go on from. The checkpoint's tensors should be
@@ -85,10 +86,12 @@ class LayerByLayer:
         wanted: Iterable[str] = (),
         replaced: Replaced = lambda module: None,
         states: Tensor | None = None,
+        embedding: Checkpoint | None = None,
     ) -> None:
         self.config = ModelConfig.from_dict(checkpoint.config)
         self.wanted = frozenset(wanted)
         self._source = _Source(checkpoint, replaced)
+        self._rows = (embedding or checkpoint).rows
         self._pool = pool
         self._rope = Rope(self.config)
         self._ids = torch.tensor([token for window in windows for token in window])  # [N]
@@ -97,7 +100,7 @@ class LayerByLayer:
         ends = list(accumulate(map(len, windows), initial=0))
         self._spans = [slice(start, stop) for start, stop in pairwise(ends)]
         if states is None:
-            states = checkpoint.rows("model.embed_tokens.weight", self._ids)
+            states = self._rows("model.embed_tokens", self._ids)
         self.states = states  # float32 [N, H]
         self._positions: dict[int, Positions] = {}
         self.expert_tokens: dict[str, int] = {}
@@ -129,7 +132,7 @@ class LayerByLayer:
         DeepSeek-V3's section 2.2; a window's last token takes the next window's first for its next."""
         eps = self.config.rms_norm_eps
         state = RMSNorm(self._source, "model.norm", eps)(self.states)
-        following = self._source.rows("model.embed_tokens.weight", torch.cat((self._ids[1:], self._ids[:1])))
+        following = self._rows("model.embed_tokens", torch.cat((self._ids[1:], self._ids[:1])))
         joined = torch.cat(
             (
                 RMSNorm(self._source, f"{module}.enorm", eps)(following),
@@ -279,7 +282,6 @@ class _Source:
         self._checkpoint = checkpoint
         self._replaced = replaced
         self.tensor = checkpoint.tensor
-        self.rows = checkpoint.rows
         self.stored = checkpoint.weight
 
     def __contains__(self, name: str) -> bool:

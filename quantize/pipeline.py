@@ -87,7 +87,8 @@ def quantize(
     """Quantize the checkpoint in `source` into the directory `output`.
 
     `gptq` and `auto` run the model on `calibration_text` (None: the one that comes with localmoe) and round the
-    layers' int4 matrices by what their inputs were; so does `rtn` with a text, through the scales alone.
+    layers' int4 matrices by what their inputs were; so does `rtn` with a text, through the scales alone. For a recipe
+    without int4 they are all the same as `rtn` without one.
     A checkpoint that others packed (GPTQ, AWQ, compressed-tensors with zero points) is converted to our layout, with
     recipe `converted` and nothing quantized again; `round_scales` allows its scales to be rounded to bf16.
     At the end the output is measured against the source on a held-out text, unless `gate` is None; what fails the
@@ -180,14 +181,14 @@ def _measure(source: Checkpoint, decided: Plan, writer: CheckpointWriter, meter:
 def checked_settings(
     recipe: str, group_size: int, grid: str, method: str, text: str | None
 ) -> tuple[Settings, CalibratedRun | None]:
-    recipe_named(recipe)
+    calibrates = recipe_named(recipe).calibrates
     if group_size not in GROUP_SIZES:
         raise UsageError(f"group size {group_size}: it must be one of {', '.join(map(str, GROUP_SIZES))}")
     if grid not in GRIDS:
         raise UsageError(f"unknown grid {grid[:40]!r}: the grids are {', '.join(GRIDS)}")
     if method not in METHODS:
         raise UsageError(f"unknown method {method[:40]!r}: the methods are {', '.join(METHODS)}")
-    if method == "rtn" and text is None:
+    if not calibrates or (method == "rtn" and text is None):
         return Settings(recipe, group_size, grid), None
     if grid != "mse":
         raise UsageError(f"grid {grid}: calibration searches its scales; leave out one of the two")

@@ -23,6 +23,9 @@ from quantize.sources import FLOATS, FP8, SCALE, SourceReader
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
 """The architectures whose module names the recipes know (localmoe.model reads the same ones)."""
 
+_TIED = ("head", "embedding")
+"""The parts that are one matrix where they are tied, which stays as it is."""
+
 Action = Literal["quantize", "widen", "copy", "convert"]
 """`widen`: FP8 that stays unquantized becomes bf16; `convert`: what others packed is stored in our layout."""
 
@@ -72,12 +75,13 @@ def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
     checkpoint = reader.checkpoint
     _check_model_type(checkpoint)
     recipe = recipe.for_model(checkpoint.config)
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
     dropped = _equal_copies(reader)
     jobs, kept_back = [], []
     for info in sorted(checkpoint.tensors.values(), key=lambda info: _output_order(info.name)):
         if info.name in dropped or info.name.endswith(SCALE):
             continue
-        job = _job(info, recipe, group_size, tied=bool(checkpoint.config.get("tie_word_embeddings")))
+        job = _job(info, recipe, group_size, tied)
         jobs.append(job)
         if job.scheme is None and _module(info) is not None:
             kept_back.append(info)
@@ -87,7 +91,7 @@ def plan(reader: SourceReader, recipe: Recipe, group_size: int) -> Plan:
     config = recipe.quantization_config(group_size, _ignore_patterns(stray, quantized))
     _check_agreement(jobs, config)
     notes = [f"{name} equals {twin} and is left out" for name, twin in dropped.items()]
-    notes += _undivided(kept_back, recipe, group_size)
+    notes += _undivided(kept_back, recipe, group_size, tied)
     fp8 = any(info.dtype == FP8 for info in checkpoint.tensors.values())
     return Plan(tuple(jobs), _output_config(checkpoint.config, config, fp8), tuple(sorted(notes)))
 
@@ -128,10 +132,10 @@ def _check_model_type(checkpoint: Checkpoint) -> None:
         )
 
 
-def _job(info: TensorInfo, recipe: Recipe, group_size: int, *, tied: bool) -> Job:
+def _job(info: TensorInfo, recipe: Recipe, group_size: int, tied: bool) -> Job:
     module = info.name.removesuffix(".weight")
     scheme = recipe.scheme_of(module, group_size) if info.name.endswith(".weight") else None
-    if tied and part_of(module) == "head":
+    if tied and part_of(module) in _TIED:
         scheme = None
     if scheme is not None:
         if len(info.shape) != 2 or info.dtype not in (*FLOATS, FP8) or 0 in info.shape:
@@ -186,14 +190,14 @@ def _check_agreement(jobs: Iterable[Job], config: QuantizationConfig) -> None:
             raise CheckpointError(f"{job.source.file.name}: {job.source.name} is a name that localmoe has no rule for")
 
 
-def _undivided(infos: Iterable[TensorInfo], recipe: Recipe, group_size: int) -> list[str]:
+def _undivided(infos: Iterable[TensorInfo], recipe: Recipe, group_size: int, tied: bool) -> list[str]:
     """Notes on matrices that the recipe quantizes, but whose rows the group or other engines' tiles do not divide."""
     counts: Counter[tuple[str, int, str]] = Counter()
     for info in infos:
         module = info.name.removesuffix(".weight")
         part = part_of(module)
         scheme = recipe.scheme(part, group_size) if part else None
-        if scheme is not None:
+        if scheme is not None and not (tied and part in _TIED):
             held = scheme.divides(info.shape[1])
             why = f"{SERVED_COLUMNS}, which SGLang needs" if held else str(scheme.group_size)
             counts[re.sub(r"\d+", "*", module), info.shape[1], why] += 1

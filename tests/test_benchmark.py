@@ -41,6 +41,10 @@ def test_a_token_reads_what_it_needs() -> None:
         Info("model.layers.2.eh_proj.weight", 3000),
     ]
     assert bytes_per_token(ModelConfig.from_dict(CONFIG), tensors) == 100 + 700 + 50 + 6 + 80 + 9
+    packed = ("weight_packed", 400), ("weight_scale", 50), ("weight_shape", 16)
+    tensors[:1] = [Info(f"model.embed_tokens.{suffix}", size) for suffix, size in packed]
+    assert bytes_per_token(ModelConfig.from_dict(CONFIG), tensors) == 40 + 5 + 1 + 700 + 50 + 6 + 80 + 9
+    tensors[:3] = [Info("model.embed_tokens.weight", 1000)]
     tied = ModelConfig.from_dict(CONFIG | {"tie_word_embeddings": True})
     assert bytes_per_token(tied, [info for info in tensors if info.name != "lm_head.weight"]) == 1000 + 145
 

@@ -58,11 +58,15 @@ def test_v2_lite_by_hand() -> None:
 
 
 def test_what_our_other_recipes_give_up() -> None:
-    compact, nf4 = found(config_of("deepseek-v3", "compact")), found(config_of("deepseek-v3", "nf4"))
-    assert {problem.rule for problem in compact["vLLM"].problems} == {"unquantized head"}
-    assert {problem.rule for problem in compact["SGLang"].problems} == {"unquantized head", "unquantized kv_b_proj"}
+    for recipe in ("local", "compact", "int8"):
+        packed = found(config_of("deepseek-v3", recipe))
+        ends = {"unquantized head", "unquantized embedding"}
+        assert {problem.rule for problem in packed["vLLM"].problems} == ends
+        assert {problem.rule for problem in packed["SGLang"].problems} == ends | {"unquantized kv_b_proj"}
+        assert all(entry.commands == () for entry in packed.values())
+    nf4 = found(config_of("deepseek-v3", "nf4"))
     assert {problem.rule for entry in nf4.values() for problem in entry.problems} == {"method"}
-    assert all(entry.commands == () for entry in (*compact.values(), *nf4.values()))
+    assert all(entry.commands == () for entry in nf4.values())
 
 
 def test_an_unquantized_source_is_served_too() -> None:

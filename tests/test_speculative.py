@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import localmoe
+from localmoe.formats.weights import Int8Weight
 from localmoe.load import Engine, load
 from localmoe.model.kv_cache import LatentCache
+from localmoe.model.layers import embedding_rows
 from localmoe.speculative import LookupDrafter
 
 DEMO = Path(localmoe.__file__).parent / "data" / "demo"
@@ -105,6 +109,32 @@ def test_acceptance_is_an_independent_count_over_the_same_text(artifact: Path) -
                 place += 2 if right[place] else 1
         assert accepted > 10
         assert abs(accepted / drafted - agreed / counted) < 0.02
+
+
+def test_an_embedding_of_its_own_is_read_packed_too(tmp_path: Path) -> None:
+    """Checkpoints hold the MTP layer's copy of the embedding; one that differs is kept, in int8 like the first."""
+    from quantize.pipeline import quantize
+
+    source, artifact = tmp_path / "source", tmp_path / "artifact"
+    shutil.copytree(DEMO, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.5.embed_tokens.weight"][7] *= 2
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    quantize(source, artifact, "local", grid="absmax", gate=None)
+    with load(artifact, ctx=256, threads=1) as engine:
+        wanted = tokens(engine, PROMPTS[0])
+    with load(artifact, ctx=256, threads=1, mtp=1) as engine:
+        assert engine._mtp is not None
+        own, ids = engine._mtp._embedding, torch.tensor([6, 7])
+        assert isinstance(own, Int8Weight)
+        ratio = embedding_rows(own, ids).norm(dim=1) / engine.model.embed(ids).norm(dim=1)
+        torch.testing.assert_close(ratio, torch.tensor([1.0, 2.0]), rtol=1e-3, atol=0)
+        steps = list(engine.generate(PROMPTS[0], max_tokens=48))
+        assert [step.token_id for step in steps] == wanted
+        stats = steps[-1].stats
+        assert stats is not None
+        assert stats.speculation is not None
+        assert stats.speculation.accepted_tokens > 0
 
 
 def test_what_a_text_repeats_is_guessed_and_changes_no_token(artifact: Path, plain: Engine) -> None:

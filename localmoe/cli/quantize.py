@@ -141,6 +141,8 @@ def quantize(
     source = _source(ref)
     chosen = _recipe(ref, how.recipe, source)
     target = output if output is not None else store.artifact_dir(ref.name, chosen)
+    if (rounding != "rtn" or text is not None) and chosen in store.RECIPES:
+        _tell_if_nothing_is_calibrated(chosen)
     report = make_artifact(
         source,
         target,
@@ -263,6 +265,13 @@ def _recipe(ref: ModelRef, flag: str | None, source: Path | None) -> str:
     if flag is not None and ending is not None and flag != ending:
         raise UsageError(f"--recipe {flag} contradicts the ending of {ref.name}:{ending}; give one of them")
     return flag or ending or (store.CONVERTED if source is not None and packed_by_others(source) else "balanced")
+
+
+def _tell_if_nothing_is_calibrated(recipe: str) -> None:
+    from quantize.recipes import recipe_named
+
+    if not recipe_named(recipe).calibrates:
+        streams.tell(f"{recipe} has no int4 matrices, and others are not calibrated: all are rounded to the nearest")
 
 
 def _grid(text: str) -> Literal["mse", "absmax"]:

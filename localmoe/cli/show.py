@@ -38,6 +38,7 @@ _PARTS = (  # the first that a module's name contains
     (".mlp.", "dense MLP"),
     (".self_attn.", "attention"),
     ("lm_head", "head"),
+    ("embed_tokens", "embedding"),
 )
 
 
@@ -271,9 +272,10 @@ def _support(resolved: Resolved) -> tuple[EngineSupport, ...]:
 def serving_text(resolved: Resolved) -> str:
     """Which engines load the model, on how many GPUs, and the commands to type."""
     from localmoe.cli.opening import label
+    from localmoe.serving import PLAIN_EMBEDDING, TRANSFORMERS
 
-    lines = [label(resolved)]
-    for found in _support(resolved):
+    lines, engines = [label(resolved)], _support(resolved)
+    for found in engines:
         lines += ["", found.engine]
         if found.problems:
             lines += [f"  does not load it: {p.what}  ({p.rule}; {p.source})" for p in found.problems]
@@ -282,6 +284,8 @@ def serving_text(resolved: Resolved) -> str:
         lines.append(f"  experts cut like all else: on {_sizes(found.tensor_parallel) or 'no number of'} GPUs")
         for purpose, commands in found.commands:
             lines += [f"  {purpose}:", *(f"    {command}" for command in commands)]
+    if any(problem.rule == PLAIN_EMBEDDING for found in engines for problem in found.problems):
+        lines += ["", TRANSFORMERS]
     lines += ["", "Conditions read from the engines' sources (localmoe/serving.py), not tried here."]
     return "".join(f"{printable_line(line)}\n" for line in lines)
 

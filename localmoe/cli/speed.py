@@ -26,7 +26,7 @@ _NAMES = {
     "other": "norms, Python, the rest",
 }
 _TRIALS = 0.1  # guesses a pass: fewer only try whether guessing pays, and change no figure
-_ADVISED = ("balanced", "compact")  # recipes of which the names say what they cost; the others are special
+_ADVISED = ("balanced", "local", "compact")  # recipes of which the names say what they cost; the others are special
 
 
 def timer(engine: Engine) -> PartTimer:

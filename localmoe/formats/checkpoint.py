@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -18,7 +19,7 @@ from localmoe.formats.fp8 import scale_shape
 from localmoe.formats.mapping import bring, lock, map_file, tells_what_is_in_memory
 from localmoe.formats.safetensors import TensorInfo, read_header
 from localmoe.formats.scheme import QuantizationConfig, Scheme
-from localmoe.formats.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Nf4Weight, Weight
+from localmoe.formats.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Nf4Weight, Weight, dequantize
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -133,20 +134,32 @@ class Checkpoint:
             raw = raw.clone()  # safetensors promises no alignment; our own writer gives it
         return raw.view(info.dtype).reshape(info.shape)
 
-    def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Rows `indices` int64 [n] of a float matrix, as float32 [n, in]; each is read once, and no other is."""
+    def rows(self, module: str, indices: Tensor) -> Tensor:
+        """Rows `indices` int64 [n] of a matrix, as float32 [n, in]; each is read once, and no other is.
+
+        Raises CheckpointError as `weight`, and for FP8, whose rows share their scales.
+        """
+        distinct, places = torch.unique(indices, return_inverse=True)
+        read = partial(self._read_rows, rows=distinct.tolist())
+        scheme, name = self.scheme_of(module), f"{module}.weight"
+        if scheme is not None:
+            return dequantize(self._quantized(module, scheme, read))[places]
         info = self.info(name)
         if len(info.shape) != 2 or info.dtype not in _FLOATS:
             raise self._wrong(name, f"should be a matrix of floats; it is {info.dtype} {list(info.shape)}")
-        distinct, places = torch.unique(indices, return_inverse=True)
+        return read(name).to(torch.float32)[places]
+
+    def _read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """A copy of some rows of a matrix in fresh memory."""
+        info = self.info(name)
         size = info.shape[1] * info.dtype.itemsize
-        buffer = torch.empty(len(distinct) * size, dtype=torch.uint8)
+        buffer = torch.empty(len(rows) * size, dtype=torch.uint8)
         view = buffer.numpy().data
         with info.file.open("rb", buffering=0) as file:
-            for at, row in enumerate(distinct.tolist()):
+            for at, row in enumerate(rows):
                 if os.preadv(file.fileno(), [view[at * size : (at + 1) * size]], info.offset + row * size) != size:
                     raise CheckpointError(f"{info.file.name}: ends inside {name}; download it again")
-        return buffer.view(info.dtype).view(-1, info.shape[1]).to(torch.float32)[places]
+        return buffer.view(info.dtype).view(-1, info.shape[1])
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How `module`'s matrix is quantized, or None. FP8 sources have no scheme: see `fp8_block`."""
@@ -159,7 +172,7 @@ class Checkpoint:
         """
         scheme = self.scheme_of(module)
         if scheme is not None:
-            return self._quantized(module, scheme)
+            return self._quantized(module, scheme, self.tensor)
         values = self.tensor(f"{module}.weight")
         if values.ndim != 2:
             raise self._wrong(f"{module}.weight", f"is not a matrix: shape {list(values.shape)}")
@@ -169,7 +182,8 @@ class Checkpoint:
             raise self._wrong(f"{module}.weight", f"has dtype {values.dtype}, which no scheme explains")
         return DenseWeight(values)
 
-    def _quantized(self, module: str, scheme: Scheme) -> Weight:
+    def _quantized(self, module: str, scheme: Scheme, read: Callable[[str], Tensor]) -> Weight:
+        """All of the matrix, or what `read` gives of its tensors: some rows of each."""
         values_name = f"{module}.weight_nf4" if scheme.kind == "nf4" else f"{module}.weight_packed"
         values = self.info(values_name)
         if len(values.shape) != 2:
@@ -187,14 +201,14 @@ class Checkpoint:
                     f"needs {dtype} {list(shape)}",
                 )
         if scheme.kind == "nf4":
-            return Nf4Weight(self.tensor(values_name), self.tensor(f"{module}.weight_absmax"))
+            return Nf4Weight(read(values_name), read(f"{module}.weight_absmax"))
         declared = self.read(f"{module}.weight_shape").tolist()
         if declared != [out_features, in_features]:
             raise self._wrong(
                 f"{module}.weight_shape", f"says {declared}; the values are {[out_features, in_features]}"
             )
         form = Int4Weight if scheme.kind == "int4" else Int8Weight
-        return form(self.tensor(values_name), self.tensor(f"{module}.weight_scale"), scheme.group_size)
+        return form(read(values_name), read(f"{module}.weight_scale"), scheme.group_size)
 
     def _fp8(self, module: str, values: Tensor) -> Weight:
         if self.fp8_block is None:

@@ -16,6 +16,6 @@ def nearest(weight: Tensor, scale: Tensor, group_size: int, lowest: int, highest
 
 def scaled(q: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """float32 [out, in]: q * scale."""
-    groups = q.to(torch.float32).reshape(q.shape[0], -1, group_size)  # [O, G, g]
+    groups = q.to(torch.float32).reshape(*scale.shape, group_size)  # [O, G, g]
     groups *= scale.to(torch.float32).unsqueeze(-1)
     return groups.flatten(1)

@@ -57,6 +57,6 @@ def dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
     """float32 [out, in]."""
     table = torch.tensor(VALUES, dtype=torch.float32, device=codes.device)
     indices = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)  # [O, in]
-    groups = table[indices.to(torch.int32)].reshape(codes.shape[0], -1, NF4_BLOCK)  # [O, G, 64]
+    groups = table[indices.to(torch.int32)].reshape(*absmax.shape, NF4_BLOCK)  # [O, G, 64]
     groups *= absmax.unsqueeze(-1)
     return groups.flatten(1)

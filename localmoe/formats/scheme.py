@@ -68,7 +68,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class SchemeGroup:
-    """One scheme and the modules it is for: `"Linear"` (every linear), a name, or `"re:PATTERN"`."""
+    """One scheme and the modules it is for: a class (`"Linear"`, `"Embedding"`), a name, or `"re:PATTERN"`."""
 
     scheme: Scheme
     targets: tuple[str, ...]
@@ -90,9 +90,9 @@ class QuantizationConfig:
     method: Method = "compressed-tensors"
 
     def scheme_for(self, module: str) -> Scheme | None:
-        """The scheme of a linear module, or None where it is not quantized.
+        """The scheme of a linear module or an embedding, or None where it is not quantized.
 
-        Ignored names come first, then groups that name the module, then the group for every `Linear`:
+        Ignored names come first, then groups that name the module, then the group for every module of its class:
         the precedence that compressed-tensors and transformers use.
         """
         if _matches(module, self.ignore):
@@ -100,8 +100,9 @@ class QuantizationConfig:
         for group in self.groups:
             if _matches(module, group.targets):
                 return group.scheme
+        of_class = "Embedding" if module.endswith("embed_tokens") else "Linear"
         for group in self.groups:
-            if "Linear" in group.targets:
+            if of_class in group.targets:
                 return group.scheme
         return None
 

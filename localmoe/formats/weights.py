@@ -135,3 +135,20 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
             return nf4.dequantize(weight.codes, weight.absmax).to(dtype)
         case Fp8Weight():
             return fp8.dequantize(weight.values, weight.scale_inv, weight.block).to(dtype)
+
+
+def rows_of(weight: Weight, indices: Tensor) -> Weight:
+    """Rows `indices` int64 [n] of a matrix, in its own form; no others are read. Raises IndexError beyond the last."""
+    match weight:
+        case DenseWeight():
+            return DenseWeight(weight.tensor[indices])
+        case Int4Weight():
+            return Int4Weight(weight.packed[indices], weight.scale[indices], weight.group_size)
+        case Int8Weight():
+            return Int8Weight(weight.packed[indices], weight.scale[indices], weight.group_size)
+        case Nf4Weight():
+            return Nf4Weight(weight.codes[indices], weight.absmax[indices])
+        case Fp8Weight():
+            values = weight.values.view(torch.uint8)[indices].view(torch.float8_e4m3fn)
+            height, width = weight.block
+            return Fp8Weight(values, weight.scale_inv[indices // height], (1, width))

@@ -126,7 +126,7 @@ class Model:
         self._path = path
         self._kernels = kernels
         self._rope = Rope(config)
-        self._embedding = source.tensor("model.embed_tokens.weight")  # [V, H], as stored
+        self._embedding = source.weight("model.embed_tokens")  # [V, H], as stored
         layers = range(config.num_hidden_layers)
         self._blocks = Blocks([Block(config, source, layer, kernels, experts) for layer in layers], kernels)
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localmoe.formats.weights import Weight
+from localmoe.formats.weights import Weight, dequantize, rows_of
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertWeights
 
@@ -70,6 +69,6 @@ def expert_weights(source: WeightSource, module: str) -> ExpertWeights:
     )
 
 
-def embedding_rows(table: Tensor, token_ids: Tensor) -> Tensor:
+def embedding_rows(table: Weight, token_ids: Tensor) -> Tensor:
     """Rows `token_ids` [T] of `table` [V, H] as float32 [T, H]: reads those rows only."""
-    return table[token_ids].to(torch.float32)
+    return dequantize(rows_of(table, token_ids))

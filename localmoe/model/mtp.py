@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from localmoe.formats.weights import Weight
 from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Block, Blocks, Model
@@ -28,7 +29,12 @@ def mtp_module(config: ModelConfig) -> str:
 
 def has_mtp(config: ModelConfig, source: WeightSource) -> bool:
     """Whether the checkpoint has an MTP layer; converted ones often lost it, whatever their config says."""
-    return any(name in source for name in _stored(f"{mtp_module(config)}.eh_proj"))
+    return has_matrix(source, f"{mtp_module(config)}.eh_proj")
+
+
+def has_matrix(source: WeightSource, module: str) -> bool:
+    """Whether a module's matrix is there, in any form."""
+    return any(f"{module}.{ending}" in source for ending in ("weight", "weight_packed", "weight_nf4"))
 
 
 class MtpLayer:
@@ -49,11 +55,11 @@ class MtpLayer:
         self._block = Block(config, source, config.num_hidden_layers, kernels, experts)
         self._blocks = Blocks([self._block], kernels)
         self._norm = RMSNorm(source, f"{module}.shared_head.norm", config.rms_norm_eps)
-        self._embedding: Tensor | None = None
-        if f"{module}.embed_tokens.weight" in source:
-            self._embedding = source.tensor(f"{module}.embed_tokens.weight")  # [V, H], as stored
+        self._embedding: Weight | None = None
+        if has_matrix(source, f"{module}.embed_tokens"):
+            self._embedding = source.weight(f"{module}.embed_tokens")  # [V, H], as stored
         self._head: Linear | None = None
-        if any(name in source for name in _stored(f"{module}.shared_head.head")):
+        if has_matrix(source, f"{module}.shared_head.head"):
             self._head = Linear(source, f"{module}.shared_head.head", kernels)
 
     def cache(self, capacity: int, dtype: torch.dtype) -> LatentCache:
@@ -89,8 +95,3 @@ class MtpLayer:
         own, ids = self._embedding, torch.tensor(next_ids)
         embedded = self._model.embed(ids) if own is None else embedding_rows(own, ids)
         return self._projection(torch.cat((self._embedding_norm(embedded), self._state_norm(states)), dim=1))
-
-
-def _stored(module: str) -> tuple[str, ...]:
-    """Names that a matrix may be stored under."""
-    return tuple(f"{module}.{ending}" for ending in ("weight", "weight_packed", "weight_nf4"))

@@ -16,9 +16,10 @@ from localmoe.formats.fp8 import scale_shape
 from localmoe.formats.safetensors import TensorInfo
 from localmoe.formats.scheme import TensorSpec
 from localmoe.model.config import ModelConfig
-from localmoe.model.mtp import has_mtp, mtp_module
+from localmoe.model.mtp import has_matrix, has_mtp, mtp_module
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+EMBEDDING = "model.embed_tokens"
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.")
 
 
@@ -28,8 +29,8 @@ def expected_modules(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that is never quantized, with its shape: embedding, norms, biases, routers."""
-    return dict(_plain_tensors(config))
+    """Every other tensor, with its shape: the embedding, and what is never quantized (norms, biases, routers)."""
+    return {f"{EMBEDDING}.weight": (config.vocab_size, config.hidden_size)} | dict(_plain_tensors(config))
 
 
 def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -39,7 +40,7 @@ def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     Allowed beyond the expected ones are the MTP layers (`model.layers.{num_hidden_layers}.*`), a head beside
     tied embeddings, and old rotary tables.
     """
-    known: set[str] = set()
+    known = set(_check_embedding(config, checkpoint, EMBEDDING))
     for name, shape in _plain_tensors(config):
         _check_float(checkpoint, name, shape)
         known.add(name)
@@ -112,7 +113,6 @@ def _mlp(module: str, hidden: int, intermediate: int) -> Iterator[tuple[str, tup
 
 
 def _plain_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
     for layer, is_moe in enumerate(config.moe_layers):
         yield from layer_tensors(config, layer, is_moe)
     yield "model.norm.weight", (config.hidden_size,)
@@ -126,17 +126,25 @@ def _check_mtp(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[str]:
         f"{module}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")
     }
     plain |= dict(layer_tensors(config, layer, is_moe))
-    if f"{module}.embed_tokens.weight" in checkpoint:
-        plain[f"{module}.embed_tokens.weight"] = (config.vocab_size, hidden)
+    if has_matrix(checkpoint, f"{module}.embed_tokens"):
+        yield from _check_embedding(config, checkpoint, f"{module}.embed_tokens")
     for name, plain_shape in plain.items():
         _check_float(checkpoint, name, plain_shape)
         yield name
     modules = dict(layer_modules(config, layer, is_moe)) | {f"{module}.eh_proj": (hidden, 2 * hidden)}
     head = f"{module}.shared_head.head"
-    if any(name.startswith(f"{head}.weight") for name in checkpoint.tensors):
+    if has_matrix(checkpoint, head):
         modules[head] = (config.vocab_size, hidden)
     for name, shape in modules.items():
         yield from _check_module(checkpoint, name, shape)
+
+
+def _check_embedding(config: ModelConfig, checkpoint: Checkpoint, module: str) -> Iterator[str]:
+    """As `_check_module`, of an embedding, which is not in FP8."""
+    shape = config.vocab_size, config.hidden_size
+    if checkpoint.scheme_of(module) is None:
+        _check_float(checkpoint, f"{module}.weight", shape)
+    yield from _check_module(checkpoint, module, shape)
 
 
 def _check_module(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> Iterator[str]:

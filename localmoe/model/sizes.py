@@ -19,7 +19,7 @@ from localmoe.formats.fp8 import scale_shape
 from localmoe.formats.scheme import QuantizationConfig, TensorSpec
 from localmoe.formats.shards import spec_bytes
 from localmoe.model.config import ModelConfig
-from localmoe.model.shapes import layer_modules, layer_tensors
+from localmoe.model.shapes import EMBEDDING, layer_modules, layer_tensors
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -80,6 +80,10 @@ class Storage:
             scales = scale_shape(*shape, self.fp8_block)
             return "fp8", [(torch.float8_e4m3fn, shape), (torch.float32, scales)]
         return self.form, [(self.dtype, shape)]
+
+    def embedding(self, module: str, shape: tuple[int, int]) -> tuple[str, list[TensorSpec]]:
+        """The same of an embedding, which no source has in FP8."""
+        return Storage(self.quantization, self.dtype).matrix(module, shape)
 
     def plain(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
         """A tensor that no recipe touches. The router's correction bias is float32 in every published checkpoint."""
@@ -157,13 +161,14 @@ def model_sizes(config: ModelConfig, storage: Storage) -> ModelSizes:
     published ones do; a source is reckoned with them.
     """
     layers = tuple(_layer(config, storage, index, is_moe) for index, is_moe in enumerate(config.moe_layers))
-    table = storage.plain("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    shape = config.vocab_size, config.hidden_size
     norm = spec_bytes(storage.plain("model.norm.weight", (config.hidden_size,)))
     if config.tie_word_embeddings:
-        head, embedding = _part([(storage.form, [table])], norm, storage.form), 0
+        # which stays unquantized: it is the head as well
+        head, embedding = _part([(storage.form, [storage.plain(f"{EMBEDDING}.weight", shape)])], norm, storage.form), 0
     else:
-        head = _part([storage.matrix("lm_head", (config.vocab_size, config.hidden_size))], norm, storage.form)
-        embedding = spec_bytes(table)
+        head = _part([storage.matrix("lm_head", shape)], norm, storage.form)
+        embedding = _part([storage.embedding(EMBEDDING, shape)]).nbytes
     mtp = sum(_mtp_layer(config, storage, index) for index in range(config.num_nextn_predict_layers))
     return ModelSizes(layers, embedding, head, mtp)
 

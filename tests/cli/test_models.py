@@ -75,7 +75,10 @@ def test_quantize_gate(invoke, empty_home):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--recipe", "fast"], "--recipe: 'fast' is not one of balanced, experts-only, compact, nf4"),
+        (
+            ["demo", "--recipe", "fast"],
+            "'fast' is not one of balanced, experts-only, local, compact, int8, nf4",
+        ),
         (["demo:compact", "--recipe", "nf4"], "contradicts"),
         (["demo", "--group-size", "48"], "--group-size"),
         (["demo", "--grid", "fine"], "--grid"),
@@ -87,6 +90,20 @@ def test_quantize_refuses_what_it_does_not_know(invoke, arguments, message):
     assert outcome.status == 2
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_quantize_says_that_int8_is_not_calibrated(invoke, empty_home):
+    outcome = invoke("quantize", "demo:int8", "--method", "auto", "--grid", "absmax", "--no-gate", "--json")
+    assert outcome.status == 0
+    assert outcome.err == ("int8 has no int4 matrices, and others are not calibrated: all are rounded to the nearest\n")
+    assert outcome.json["recipe"] == "int8"
+    plain = invoke("quantize", "demo", "--recipe", "int8", "--grid", "absmax", "--no-gate", "--json")
+    assert (plain.err, plain.json["already_there"]) == ("", True)
+    assert invoke("verify", "demo:int8").status == 0
+    assert "int8" in [entry["recipe"] for entry in invoke("list", "--json").json["models"]]
+    served = invoke("show", "demo:int8", "--serving").out
+    assert served.count("  does not load it: model.embed_tokens is quantized") == 2
+    assert "transformers (5.23) does not load it either" in served
 
 
 def test_quantize_names_a_calibration_text_that_is_not_there(invoke, tmp_path):
@@ -289,6 +306,7 @@ def test_show_serving(invoke, quantized):
     assert re.search(r"\nSGLang\n  does not load it: .* not a multiple of .*marlin_utils\.py", shown.out)
     record = invoke("show", str(quantized), "--serving", "--json").json
     assert [entry["engine"] for entry in record["engines"]] == ["vLLM", "SGLang"]
+    assert "transformers" not in shown.out
     source = invoke("show", "demo:source", "--serving").out
     assert "vllm serve" in source
     assert "sglang.launch_server" in source

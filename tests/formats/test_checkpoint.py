@@ -15,7 +15,9 @@ from localmoe.formats import int4
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.safetensors import read_header
 from localmoe.formats.scheme import QuantizationConfig, Scheme, SchemeGroup
-from localmoe.formats.weights import DenseWeight, Fp8Weight, Int4Weight, dequantize
+from localmoe.formats.weights import DenseWeight, Fp8Weight, Int4Weight, dequantize, rows_of
+from localmoe.model.layers import embedding_rows
+from quantize.quantizers import quantize_rows
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 INT4 = QuantizationConfig((SchemeGroup(Scheme("int4", 32), ("Linear",)),), ("lm_head",)).to_dict()
@@ -198,3 +200,58 @@ def test_integers_that_no_scheme_explains_are_refused(tmp_path: Path) -> None:
         checkpoint.weight("x")
     with pytest.raises(CheckpointError, match=r"y\.weight is missing"):
         checkpoint.weight("y")
+
+
+def embedding_of(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """(tensors of a random [50, 128] embedding, what config.json says of it)."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(50, 128, generator=generator)
+    if kind not in ("int8", "int4", "nf4"):
+        return {"model.embed_tokens.weight": values.to(getattr(torch, kind))}, None
+    scheme = Scheme(kind, 64)  # type: ignore[arg-type]
+    target = SchemeGroup(scheme, (r"re:.*embed_tokens$",))
+    method = "localmoe-nf4" if kind == "nf4" else "compressed-tensors"
+    parts = quantize_rows(values, scheme, "absmax").parts
+    tensors = {f"model.embed_tokens.{suffix}": data for suffix, data in parts.items()}
+    if kind != "nf4":
+        tensors["model.embed_tokens.weight_shape"] = torch.tensor([50, 128])
+    return tensors, QuantizationConfig((target,), (), method).to_dict()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("ids", [[0], [49], [7, 0, 49, 7, 7, 12], []])
+def test_rows_are_those_of_the_dequantized_matrix(tmp_path: Path, kind: str, ids: list[int]) -> None:
+    """To the bit: from the mapped file, as a model reads them, and read from it, as a run of layers does."""
+    tensors, quantization = embedding_of(kind)
+    checkpoint = Checkpoint.open(write(tmp_path / "m", tensors, quantization))
+    weight, indices = checkpoint.weight("model.embed_tokens"), torch.tensor(ids, dtype=torch.int64)
+    wanted = dequantize(weight)[indices]
+    assert wanted.shape == (len(ids), 128)
+    for found in (embedding_rows(weight, indices), checkpoint.rows("model.embed_tokens", indices)):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4", "bfloat16"])
+@pytest.mark.parametrize("row", [50, -51])
+def test_rows_beyond_the_last_are_refused(tmp_path: Path, kind: str, row: int) -> None:
+    tensors, quantization = embedding_of(kind)
+    checkpoint = Checkpoint.open(write(tmp_path / "m", tensors, quantization))
+    with pytest.raises(IndexError):
+        embedding_rows(checkpoint.weight("model.embed_tokens"), torch.tensor([3, row]))
+
+
+def test_rows_of_fp8_blocks() -> None:
+    generator = torch.Generator().manual_seed(4)
+    values = torch.randn(300, 200, generator=generator).to(torch.float8_e4m3fn)
+    weight = Fp8Weight(values, torch.rand(3, 2, generator=generator))
+    indices = torch.tensor([299, 0, 127, 128, 255, 256])
+    assert torch.equal(dequantize(rows_of(weight, indices)), dequantize(weight)[indices])
+
+
+def test_rows_of_a_broken_embedding_are_refused(tmp_path: Path) -> None:
+    tensors, quantization = embedding_of("int8")
+    tensors["model.embed_tokens.weight_scale"] = tensors["model.embed_tokens.weight_scale"][:, :1].contiguous()
+    checkpoint = Checkpoint.open(write(tmp_path / "m", tensors, quantization))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight_scale is torch\.bfloat16 \[50, 1\]; int8"):
+        checkpoint.rows("model.embed_tokens", torch.tensor([1]))

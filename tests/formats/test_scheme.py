@@ -29,6 +29,16 @@ def test_precedence_is_ignore_then_name_then_linear() -> None:
     assert MIXED.scheme_for("model.layers.3.mlp.experts.0.up_proj") == Scheme("int4", 32)
 
 
+def test_an_embedding_is_no_linear() -> None:
+    """Checkpoints of others leave it out of `ignore`, since their engines never take it for one."""
+    assert MIXED.scheme_for("model.embed_tokens") is None
+    for target in ("Embedding", "model.embed_tokens", r"re:.*embed_tokens$"):
+        group = SchemeGroup(Scheme("int8", 64), (target,))
+        packed = QuantizationConfig((group, *MIXED.groups), MIXED.ignore)
+        assert packed.scheme_for("model.embed_tokens") == Scheme("int8", 64)
+        assert packed.scheme_for("model.layers.0.mlp.up_proj") == Scheme("int4", 32)
+
+
 @pytest.mark.parametrize("method", ["compressed-tensors", "localmoe-nf4"])
 def test_written_and_read_back(method: Any) -> None:
     first = Scheme("nf4", 64) if method == "localmoe-nf4" else Scheme("int4", 32)

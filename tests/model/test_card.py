@@ -95,8 +95,9 @@ class RandomSource:
                     self._weights[name.removesuffix(".weight")] = DenseWeight(value.bfloat16())
         shape = (config.vocab_size, config.hidden_size)
         table = torch.randn(shape).bfloat16()
-        self._tensors["model.embed_tokens.weight"] = table
-        self._weights["model.embed_tokens"] = DenseWeight(table / 8)
+        self._weights["model.embed_tokens"] = (
+            DenseWeight(table / 8) if config.tie_word_embeddings else _matrix(*shape, False, False)
+        )
         self._tensors["model.norm.weight"] = torch.ones(config.hidden_size)
         self._weights["lm_head"] = DenseWeight((torch.randn(shape) / 8).bfloat16())
 

@@ -109,6 +109,9 @@ def random_source(directory: Path, values: dict[str, Any]) -> None:
         ({}, "balanced", 32),
         ({"num_nextn_predict_layers": 1}, "compact", 32),
         ({}, "compact", 64),  # 64 does not divide 160, 96, 288: much stays as it was
+        ({}, "local", 32),
+        ({"num_nextn_predict_layers": 1}, "int8", 32),
+        ({"tie_word_embeddings": True}, "local", 32),
         ({}, "nf4", 32),  # nor does NF4's block
         (V2, "balanced", 32),
         (V2 | {"torch_dtype": "float32", "tie_word_embeddings": True}, "experts-only", 32),
@@ -171,7 +174,8 @@ def test_v2_lite_by_hand() -> None:
     attention += 16 * 256 * 512 * 17 // 16 + 16 + 2 * (2 * 2048 + 512)
     mlp = 26 * (2 * weights * 9 // 16 + 48 + 2 * 64 * 2048) + 3 * 2048 * 10944 * 9 // 16 + 48
     assert sizes.always == head + 27 * attention + mlp
-    assert sizes.nbytes == sizes.always + 26 * 64 * sizes.expert + 2 * 102400 * 2048
+    assert sizes.embedding == 102400 * 2048 * 17 // 16 + 16
+    assert sizes.nbytes == sizes.always + 26 * 64 * sizes.expert + sizes.embedding
     values = json.loads((CONFIGS / "deepseek-v2-lite.json").read_text())
     source = model_sizes(ModelConfig.from_dict(values), Storage.of(values))
     assert source.nbytes == 2 * 15_706_484_224  # the parameters of its model card, 15.7 B

@@ -13,6 +13,7 @@ from torch import Tensor
 import localmoe
 from localmoe.errors import InputError
 from localmoe.formats.checkpoint import ReadingCheckpoint
+from localmoe.formats.weights import dequantize
 from quantize.layerwise import LayerByLayer, Statistics, second_moment
 
 WINDOWS = [[0, 5, 6, 7, 8], [0, 9, 10], [0, 11]]
@@ -49,6 +50,17 @@ def test_what_is_quantized_is_what_the_rest_sees(demo: Path) -> None:
     deaf = moments(demo, wanted, lambda name: torch.zeros(256, 256) if name.endswith("o_proj") else None)
     assert torch.equal(deaf[f"{layer}.self_attn.o_proj"].hessian, plain[f"{layer}.self_attn.o_proj"].hessian)
     assert not torch.equal(deaf[f"{layer}.mlp.gate_proj"].hessian, plain[f"{layer}.mlp.gate_proj"].hessian)
+
+
+def test_the_embedding_may_be_another_checkpoints(demo: Path, demo_artifacts: Callable[..., Path]) -> None:
+    """What is calibrated after it is stored in int8 sees its error."""
+    source, written = ReadingCheckpoint.open(demo), ReadingCheckpoint.open(demo_artifacts("local"))
+    ids = torch.tensor([token for window in WINDOWS for token in window])
+    with ThreadPoolExecutor(1) as pool:
+        plain = LayerByLayer(source, WINDOWS, pool).states
+        packed = LayerByLayer(source, WINDOWS, pool, embedding=written).states
+    assert torch.equal(packed, dequantize(written.weight("model.embed_tokens"))[ids])
+    assert 0 < (packed - plain).norm() / plain.norm() < 0.01
 
 
 def test_a_run_goes_on_from_the_states_of_another(demo: Path) -> None:

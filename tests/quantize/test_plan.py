@@ -16,23 +16,26 @@ from quantize.sources import SourceReader, open_source
 INT4, INT8, NF4 = Scheme("int4", 32), Scheme("int8", 32), Scheme("nf4", 64)
 
 # What each recipe makes of a module: DESIGN's table, spelled out.
-EXPECTED: dict[str, dict[str, Scheme | None]] = {
-    "model.layers.1.mlp.experts.3.gate_proj": {"balanced": INT4, "experts-only": INT4, "compact": INT4, "nf4": NF4},
-    "model.layers.2.mlp.experts.0.down_proj": {"balanced": INT4, "experts-only": INT4, "compact": INT4, "nf4": NF4},
-    "model.layers.1.mlp.shared_experts.up_proj": {"balanced": INT8, "compact": INT4, "nf4": INT8},
-    "model.layers.0.mlp.down_proj": {"balanced": INT8, "compact": INT4, "nf4": INT8},
-    "model.layers.0.self_attn.q_proj": {"balanced": INT8, "compact": INT4, "nf4": INT8},
-    "model.layers.0.self_attn.q_a_proj": {"balanced": INT8, "compact": INT4, "nf4": INT8},
-    "model.layers.0.self_attn.q_b_proj": {"balanced": INT8, "compact": INT4, "nf4": INT8},
-    "model.layers.0.self_attn.kv_a_proj_with_mqa": {"balanced": INT8, "compact": INT4, "nf4": INT8},
-    "model.layers.2.self_attn.o_proj": {"balanced": INT8, "compact": INT4, "nf4": INT8},
-    "model.layers.0.self_attn.kv_b_proj": {"compact": INT8},
-    "lm_head": {"compact": INT8},
-    "model.layers.2.shared_head.head": {"compact": INT8},
+DENSE = {"balanced": INT8, "local": INT8, "compact": INT4, "int8": INT8, "nf4": INT8}
+ENDS = {"local": INT8, "compact": INT8, "int8": INT8}
+EXPERTS = {"balanced": INT4, "experts-only": INT4, "local": INT4, "compact": INT4, "int8": INT8, "nf4": NF4}
+EXPECTED: dict[str, dict[str, Scheme]] = {
+    "model.layers.1.mlp.experts.3.gate_proj": EXPERTS,
+    "model.layers.2.mlp.experts.0.down_proj": EXPERTS,
+    "model.layers.1.mlp.shared_experts.up_proj": DENSE,
+    "model.layers.0.mlp.down_proj": DENSE,
+    "model.layers.0.self_attn.q_proj": DENSE,
+    "model.layers.0.self_attn.q_a_proj": DENSE,
+    "model.layers.0.self_attn.q_b_proj": DENSE,
+    "model.layers.0.self_attn.kv_a_proj_with_mqa": DENSE,
+    "model.layers.2.self_attn.o_proj": DENSE,
+    "model.layers.0.self_attn.kv_b_proj": ENDS,
+    "lm_head": ENDS,
+    "model.layers.2.shared_head.head": ENDS,
+    "model.embed_tokens": ENDS,
+    "model.layers.2.embed_tokens": ENDS,
     "model.layers.1.mlp.gate": {},
     "model.layers.2.eh_proj": {},
-    "model.embed_tokens": {},
-    "model.layers.2.embed_tokens": {},
 }
 
 
@@ -52,19 +55,19 @@ def test_recipes_give_each_part_its_bits(recipe: str, module: str) -> None:
     assert QuantizationConfig.from_dict(config.to_dict()).scheme_for(module) == expected
 
 
-@pytest.mark.parametrize("recipe", ["balanced", "experts-only", "compact"])
+@pytest.mark.parametrize("recipe", ["balanced", "experts-only", "local", "compact", "int8"])
 def test_groups_keep_to_what_other_engines_need(recipe: str) -> None:
     config = RECIPES[recipe].quantization_config(64)
     assert config.groups[-1].targets == ("Linear",)
     for group in config.groups[:-1]:
         assert all(target.startswith("re:") and "experts" not in target for target in group.targets)
-    assert ("lm_head" in config.ignore) == (recipe != "compact")
+    assert ("lm_head" in config.ignore) == (recipe in ("balanced", "experts-only"))
     assert {group.scheme.group_size for group in config.groups} == {64}
 
 
 def test_unknown_recipe() -> None:
     with pytest.raises(
-        UsageError, match="unknown recipe 'q4_k_m': the recipes are balanced, experts-only, compact, nf4"
+        UsageError, match="unknown recipe 'q4_k_m': the recipes are balanced, experts-only, local, compact"
     ):
         recipe_named("q4_k_m")
 
@@ -101,7 +104,7 @@ def test_what_other_engines_cannot_load_packed_stays(make_source: Callable[..., 
     kept = {recipe: {job.unit.name: job.scheme for job in planned(source, recipe).jobs} for recipe in RECIPES}
     assert kept["balanced"][f"{module}.weight"] is None
     assert kept["compact"][module] == Scheme("int4", 32)
-    assert kept["nf4"][module] == Scheme("int8", 32)
+    assert all(kept[recipe][module] == INT8 for recipe in ("local", "int8", "nf4"))
     assert kept["balanced"]["model.layers.1.mlp.shared_experts.down_proj"] == Scheme("int8", 32)
     note = "model.layers.*.mlp.down_proj (1 of them) stays unquantized: its rows of 288 are not a multiple of 128"
     assert f"{note}, which SGLang needs" in planned(source, "balanced").notes
@@ -123,14 +126,24 @@ def test_other_embeddings_of_the_mtp_layer_are_kept(make_source: Callable[..., P
         tensors["model.layers.2.shared_head.head.weight"][0, 0] += 1
 
     actions = {job.source.name: job for job in planned(make_source(change=change), "compact").jobs}
-    assert actions["model.layers.2.embed_tokens.weight"].action == "copy"
+    assert actions["model.layers.2.embed_tokens.weight"].scheme == INT8
     assert actions["model.layers.2.shared_head.head.weight"].scheme == INT8
 
 
-def test_tied_head_stays(make_source: Callable[..., Path]) -> None:
-    decided = planned(make_source(tie_word_embeddings=True), "compact")
-    assert next(job for job in decided.jobs if job.source.name == "lm_head.weight").action == "copy"
-    assert "lm_head" in decided.config["quantization_config"]["ignore"]
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_embedding_and_head_in_one_stays(make_source: Callable[..., Path], recipe: str) -> None:
+    decided = planned(make_source(tie_word_embeddings=True), recipe)
+    jobs = {job.source.name: job for job in decided.jobs}
+    config = QuantizationConfig.from_dict(decided.config["quantization_config"])
+    for module in ("lm_head", "model.embed_tokens"):
+        assert jobs[f"{module}.weight"].action == "copy"
+        assert config.scheme_for(module) is None
+        assert not any(note.startswith(module) for note in decided.notes)
+
+
+def test_only_int4_is_calibrated() -> None:
+    calibrated = {name for name, recipe in RECIPES.items() if recipe.calibrates}
+    assert calibrated == {"balanced", "experts-only", "local", "compact"}
 
 
 def test_unknown_matrices_are_carried_and_ignored(make_source: Callable[..., Path]) -> None:

@@ -154,7 +154,7 @@ class CardModel:
         self._kernels = kernels
         self._device = device
         self._launch = launch_for(device)
-        self._embedding = source.tensor("model.embed_tokens.weight")  # [V, H], stays in CPU memory
+        self._embedding = source.weight("model.embed_tokens")  # [V, H], stays in CPU memory
         self._rope = Rope(config)
         rotations = self._rope.rotations(0, layout.context)
         self._rotations = torch.view_as_real(rotations).flatten(1).to(device)  # [context, p]
