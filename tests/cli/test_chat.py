@@ -338,7 +338,7 @@ def test_alt_enter_and_paste_keep_lines(sit_down):
 
 def test_commands_of_a_conversation(sit_down, tmp_path, home):
     (tmp_path / "a file.txt").write_text("one two\nthree\n")
-    typist = sit_down(FAKE_ANSWER="It is **bold**.")
+    typist = sit_down(FAKE_ANSWER="It is **bold**.", columns=300)  # a path is as long as it is
     typist.say("/undo")
     typist.expect("nothing to take back")
     typist.say("Hello")
@@ -403,7 +403,7 @@ def test_another_model_takes_over_and_the_conversation_goes_on(sit_down, home):
     for name in ("config.json", "localmoe.json"):
         text = (home / "models/demo/balanced" / name).read_text().replace("balanced", "compact")
         (home / "models/demo/compact" / name).write_text(text)
-    typist = sit_down(FAKE_FAILS="models/demo/compact")
+    typist = sit_down(FAKE_FAILS="models/demo/compact", columns=300)
     typist.say("Tell me a story")
     typist.expect("context 8/64")
     typist.say("/model")
