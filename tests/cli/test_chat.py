@@ -373,11 +373,11 @@ def test_commands_of_a_conversation(sit_down, tmp_path, home):
     typist.say("/set temp")
     typist.expect("/set temp VALUE sets it; it is 0.7")
     typist.say("/set seed 1e3")
-    typist.expect("temperature 0.7, seed 1000")
+    typist.expect("temperature 0.7, top_p 0.9, seed 1000")
     typist.say("/set seed 9007199254740993")  # more than a float holds
     typist.expect("seed 9007199254740993")
     typist.say("/stats")
-    typist.expect("temperature 0.7, seed 9007199254740993")
+    typist.expect("temperature 0.7, top_p 0.9, seed 9007199254740993")
     typist.say("/think off")
     typist.expect("no switch for thinking")
     typist.say("/edit")
