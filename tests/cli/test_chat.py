@@ -386,7 +386,7 @@ def test_commands_of_a_conversation(sit_down, tmp_path, home):
     typist.say("/load tlak")
     typist.expect("no conversation is kept as tlak; did you mean talk?")
     typist.expect(PROMPT)
-    typist.type("/load t\t")
+    typist.type("/load tal\t")
     typist.expect("/load talk")
     typist.type("\r")
     typist.expect("1 turn; the conversation goes on")
