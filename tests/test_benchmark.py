@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -90,5 +90,8 @@ def test_what_comes_from_the_disk_is_said(disk: int | None, line: bool) -> None:
         None,
         {"experts": 450.0, "head": 50.0},
     )
+    uneven = "500.00 ms on average, 250.00 the median: something held up some tokens"
+    assert uneven in _lines("model", result, 1.0, 2.0)
+    assert uneven not in _lines("model", replace(result, decode_tokens_per_second=2.0), 1.0, 2.0)
     said = "0.25 GB a token from the disk, at 0.50 GB/s; 2.00 tokens/s on average"
     assert (said in _lines("model", result, 1.0, 2.0)) == line

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from localmoe.cli import config_file, streams
+from localmoe.cli import config_file, streams, whole_imports
 from localmoe.cli.command import HELP, Command, Group, given
 from localmoe.cli.failure import INTERRUPTED, READER_GONE, Failure, describe, hint
 from localmoe.errors import LocalMoeError, UsageError
@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         streams.prepare()
+        whole_imports.install()
         if arguments[:1] == ["__complete"]:  # a shell asks; hidden, and without the wait for Typer's parsing
             streams.write(_candidates(arguments[1:]))
             return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli import opening, options, plot, speed, streams
+from localmoe.cli import opening, options, plot, speed, streams, units
 from localmoe.cli.opening import label, locate
 from localmoe.cli.option_groups import MachineOptions, grouped
 from localmoe.cli.plan import foreseen
@@ -29,6 +29,7 @@ _KEYS = (
     "predicted {prefill_tokens_per_second, decode_tokens_per_second}: what plan reckons from doctor's figures",
     "with --explain-speed also " + speed.KEYS, "with --plot also " + plot.KEYS,
 )  # fmt: skip
+_UNEVEN = 1.1  # the mean over the median of a token's time: from there on the parts do not seem to add up
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,14 @@ def _drawn(charts: plot.Charts | None, name: str, result: Benchmark, to: Path | 
     """Draw what was measured for a plot, if anything; what `--json` says of it."""
     if charts is None or to is None:
         return {}
-    plot.draw(charts, printable_line(f"{name}, {result.kernels} kernels, {result.threads} threads"), to)
+    used = units.counted(result.threads, "thread")
+    plot.draw(charts, printable_line(f"{name}, {result.kernels} kernels, {used}"), to)
     return charts.as_json(to)
 
 
 def _lines(name: str, result: Benchmark, first: float, then: float) -> str:
     lines = [
-        f"{name}, {result.kernels} kernels, {result.threads} threads",
+        f"{name}, {result.kernels} kernels, {units.counted(result.threads, 'thread')}",
         f"open      {result.open_seconds:.2f} s; to the first token of a 16-token prompt "
         f"{result.first_token_seconds:.2f} s",
         f"prefill   {result.prefill_tokens_per_second:.1f} tokens/s, {result.prompt_tokens} tokens; plan foresees "
@@ -126,6 +128,7 @@ def _lines(name: str, result: Benchmark, first: float, then: float) -> str:
         lines.append(
             f"          {result.bytes_per_token / 1e9:.2f} GB a token: {result.bandwidth_fraction:.0%} of the "
             f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s that memory gives"
+            + ("; the CPU's cache gives more" if result.bandwidth_fraction > 1 else "")
         )
     if result.disk_bytes_per_token is not None and result.disk_bytes_per_token > 0.01 * result.bytes_per_token:
         mean = sum(result.breakdown.values()) / 1e3  # some tokens find their experts in memory: the median hides it
@@ -134,6 +137,9 @@ def _lines(name: str, result: Benchmark, first: float, then: float) -> str:
             f"{result.disk_bytes_per_token / mean / 1e9:.2f} GB/s; {1 / mean:.2f} tokens/s on average"
         )
     lines.append(f"a token   {_by_part(result.breakdown)} ms")
+    mean, median = sum(result.breakdown.values()), 1e3 / result.decode_tokens_per_second
+    if mean > _UNEVEN * median:
+        lines.append(f"          {mean:.2f} ms on average, {median:.2f} the median: something held up some tokens")
     if result.beside:
         lines.append(f"          beside them {_by_part(result.beside)} ms")
     memory = f"memory    {result.peak_rss_bytes / 2**30:.2f} GiB at most, mapped weights included"

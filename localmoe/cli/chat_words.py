@@ -42,7 +42,7 @@ def statistics(
     lines = [
         f"model     {name} ({engine.path})",
         f"kernels   {engine.kernels.tier}",
-        f"sampling  {settings.as_text(request.sampling)}",
+        f"sampling  {settings.as_text(request.sampling, request.seed)}",
         f"turns     {len(conversation.turns)}",
     ]
     if kept.name is not None:

@@ -48,7 +48,10 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """A command with commands of its own."""
+    """A command with commands of its own. One called `list` is what it does alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or (["list"] if "list" in self.commands else []))
 
     def get_params(self, ctx: Any) -> Any:
         return hastened(super().get_params(ctx))

@@ -24,7 +24,7 @@ ASK = "__complete"
 Candidates = dict[str, str]
 """Each with what it means, or an empty text."""
 
-_WITHOUT_MODEL = frozenset({"list", "doctor", "config", "templates", "completion"})  # as their first argument
+_WITHOUT_MODEL = frozenset({"list", "doctor", "config", "sessions", "templates", "completion"})  # as first argument
 _FILE_METAVARS = ("FILE", "DIR", "FILE|-")
 
 
@@ -150,6 +150,8 @@ def _known(name: str, metavar: str, given: Sequence[str]) -> Candidates:
         return dict.fromkeys(RECIPES, "")
     if name == "template" or metavar == "TEMPLATE":
         return dict.fromkeys(prompt_template.names(), "")
+    if name == "session" or (metavar == "SESSION" and given and given[0] != "list"):
+        return _sessions()
     if metavar == "KEY":
         return _settings()
     if name == "value" and given:  # of `config set KEY`
@@ -171,11 +173,18 @@ def models() -> Candidates:
         made.setdefault(path.parents[1].name.replace("--", "/"), []).append(path.parent.name)
     for name, recipes in made.items():
         found |= {name: "on this machine", **{f"{name}:{recipe}": "on this machine" for recipe in recipes}}
+    endings = (*store.RECIPES, "source")  # to convert is for what others packed, of which the registry has none
     for name, known in registry().items():
         if known.refused is None:
             found.setdefault(name, known.what)
-            found |= {f"{name}:{e}": "" for e in store.ENDINGS if f"{name}:{e}" not in found}
+            found |= {f"{name}:{e}": "" for e in endings if f"{name}:{e}" not in found}
     return found
+
+
+def _sessions() -> Candidates:
+    from localmoe.sessions import list_sessions
+
+    return {entry.name: entry.facts.model if entry.facts else "" for entry in list_sessions()}
 
 
 def _aliases() -> Mapping[str, str]:

@@ -22,7 +22,7 @@ from localmoe.cli.values import near_miss, suggestion
 from localmoe.errors import StorageError, UsageError
 
 _HELP = """\
-Defaults and aliases of your own, in one TOML file.
+Defaults and aliases of your own, in one TOML file. Alone it lists them.
 
 It holds `model` (where MODEL is left out) and the tables [alias] (names for models), [sampling], [options] (for every
 command that has the option) and [run], [chat], [bench], [eval], [plan], [doctor] (for one). A setting comes from the
@@ -99,7 +99,7 @@ class _TakesNumbers(Command):
         return super().parse_args(ctx, [*given, "--", *words])
 
 
-@app.command("set", cls=_TakesNumbers)
+@app.command("set", cls=_TakesNumbers, short_help="Set one setting.")
 def set_value(
     name: Name,
     value: Annotated[list[str], typer.Argument(metavar="VALUE", show_default=False, help="A list takes several.")],
@@ -118,7 +118,7 @@ def set_value(
         streams.write_json({"key": name, "value": made, "path": str(path)})
 
 
-@app.command("unset", cls=Command)
+@app.command("unset", cls=Command, short_help="Remove one setting.")
 def unset(
     name: Name,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help("key, path"))] = False,

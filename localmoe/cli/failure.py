@@ -52,8 +52,11 @@ def _wrong_usage(error: typer.TyperException) -> Failure:
     option = getattr(error, "option_name", None)
     if hasattr(error, "possibilities") and isinstance(option, str) and context is not None:
         message = f"No such option: {printable_line(option)}"
-        near = near_miss(option, [o for each in context.command.params for o in (*each.opts, *each.secondary_opts)])
+        known = [o for each in context.command.params for o in (*each.opts, *each.secondary_opts)]
+        near = near_miss(option, [*known, "--help"])
         message += f". Did you mean {near}?" if near else ""
+    if context is not None and "unexpected extra argument" in message and "prompt_text" in context.params:
+        message += "; put a PROMPT of several words in quotation marks"
     where = context.command_path if context is not None else "localmoe"
     stop = "" if message.endswith("?") else "."
     return Failure("usage", f"{message}{stop} See {where} --help", error.exit_code)

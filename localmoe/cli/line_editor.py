@@ -15,7 +15,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
 from localmoe import store
-from localmoe.cli import streams
+from localmoe.cli import streams, transcript
 from localmoe.cli.completion import models
 from localmoe.cli.sanitize import printable_line
 
@@ -75,7 +75,7 @@ class LineEditor:
 
 
 class _Completer(Completer):
-    """Slash commands, and file names after those that take one."""
+    """Slash commands, and what they take: file names, models, conversations that are kept."""
 
     def __init__(self, commands: Sequence[str]) -> None:
         self._commands = sorted(set(commands))
@@ -89,6 +89,8 @@ class _Completer(Completer):
             names = (name for name in models() if name.startswith(argument))
             yield from (Completion(name, start_position=-len(argument)) for name in names)
         elif command in _TAKE_A_FILE:
+            kept = (name for name in transcript.names() if name.startswith(argument)) if command == "/load" else ()
+            yield from (Completion(name, start_position=-len(argument)) for name in kept)
             inner = Document(argument, len(argument))
             for found in self._paths.get_completions(inner, complete_event):
                 if found.text == printable_line(found.text):  # a file name can hold what a terminal acts on

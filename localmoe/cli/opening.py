@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from localmoe import store
 from localmoe.cli import streams
-from localmoe.errors import LocalMoeError, ModelNotFoundError
+from localmoe.errors import LocalMoeError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,6 +122,8 @@ def locate(model: str, *, announced: bool = False) -> Resolved:
         source = resolved.path
     if ref.ending is None and packed_by_others(source):
         recipe = store.CONVERTED
+    elif recipe == store.CONVERTED and not packed_by_others(source):
+        raise UsageError(f"{ref.name} was not quantized by others, so nothing is to be converted; leave out :converted")
     _quantize_first(ref.name, recipe, source, announced)
     return store.resolve(model)
 

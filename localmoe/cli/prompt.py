@@ -28,6 +28,8 @@ def assemble(
     first byte that is not UTF-8, or when everything given is empty (unless `may_be_empty`). Where no
     text is `needed`, none is missed; unless it `reads_input`, standard input is left to others.
     """
+    if any(str(path) == "-" for path in files):
+        raise UsageError("-f -: what is piped in is read without it; leave it out")
     interactive = not reads_input or streams.is_terminal(sys.stdin)
     if needed and prompt is None and not files and interactive:
         raise UsageError("nothing to ask: give a PROMPT, a file with -f, or text on standard input")

@@ -10,6 +10,7 @@ import typer
 from localmoe import sessions as store
 from localmoe.cli import options, streams, units
 from localmoe.cli.sanitize import printable, printable_line
+from localmoe.cli.values import check_choice
 from localmoe.errors import SessionError, UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _KEYS = (
 
 def sessions(
     action: Annotated[str, typer.Argument(metavar="list|show|rm", help="What to do.")] = "list",
-    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False, help="For show and rm.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="SESSION", show_default=False, help="For show and rm.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help=options.json_help(_KEYS))] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -37,8 +38,7 @@ def sessions(
     A session holds its tokens, its messages and the model's latent cache, so that a chat goes on without computing them
     again. It is readable by you alone.
     """
-    if action not in ("list", "show", "rm"):
-        raise UsageError(f"sessions: {action!r} is not one of list, show, rm")
+    check_choice(action, ("list", "show", "rm"), "sessions")
     if (name is None) != (action == "list"):
         raise UsageError(
             f"sessions {action}: name the session" if name is None else "sessions list: takes no name; show NAME does"

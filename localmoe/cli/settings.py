@@ -49,8 +49,10 @@ def system(flag: str | None, command: str) -> str | None:
     return text
 
 
-def as_text(sampling: Mapping[str, float]) -> str:
-    """The settings in words."""
+def as_text(sampling: Mapping[str, float], seed: int | None = None) -> str:
+    """The settings in words, a seed with them where there is one."""
+    if seed is not None:
+        return f"{as_text(sampling)}, seed {seed}"
     if sampling["temperature"] == 0:
         penalties = [f"{name} {sampling[name]:g}" for name in list(GREEDY)[4:] if sampling[name] != GREEDY[name]]
         return ", ".join(["greedy: always the likeliest token", *penalties])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from localmoe.cli import streams, units
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from localmoe.engine import Engine
 
 _BETWEEN = " · "
+_SECOND_COLUMN = re.compile(r"\S+( \S+)*  +(?=\S)")
 
 
 def status(engine: Engine, name: str, last: Answer | None, used: int) -> str:
@@ -37,18 +39,34 @@ def fitting(parts: list[str], columns: int) -> str:
 
 
 def folded(text: str, columns: int) -> str:
-    """Lines of facts with dots between them, broken at a dot where they are wider than `columns`."""
+    """Lines of facts with dots between them, broken at a dot where they are wider than `columns`, else between words.
+    What follows on a line of a list stands under its second column. A word that is too long stays whole, to be copied.
+    """
     rows = []
     for line in text.split("\n"):
         row, *rest = line.split(_BETWEEN)
         for fact in rest:
             if width(row + _BETWEEN + fact) > columns:
-                rows.append(row)
+                rows += _between_words(row, columns)
                 row = fact
             else:
                 row += _BETWEEN + fact
-        rows.append(row)
+        rows += _between_words(row, columns)
     return "\n".join(rows)
+
+
+def _between_words(line: str, columns: int) -> list[str]:
+    if width(line) <= columns:
+        return [line]
+    second = _SECOND_COLUMN.match(line)
+    hang = second.end() if second is not None and second.end() <= columns // 2 else 0
+    rows = [line[:hang]]
+    for word in re.findall(r"\s*\S+", line[hang:]):
+        if rows[-1].strip() and width(rows[-1] + word) > columns:
+            rows.append(" " * hang + word.lstrip())
+        else:
+            rows[-1] += word
+    return rows
 
 
 def _card(engine: Engine) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import difflib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from localmoe.cli.chat_words import afterword, recap, statistics
 from localmoe.cli.conversation import Conversation, Turn
 from localmoe.cli.kept import Kept, turns_to_drop
 from localmoe.cli.status import folded, status
-from localmoe.cli.values import suggestion
+from localmoe.cli.values import near_miss, suggestion
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -33,16 +32,25 @@ COMMANDS = {
     "/undo": "forget the last question and its answer",
     "/edit": "take back the last question to change it",
     "/file PATH": "send a text file along with the next question",
-    "/set NAME VALUE": "temp, top_p, top_k, min_p, a penalty or seed; without NAME show them",
+    "/set NAME VALUE": "temp, top_p, top_k, min_p, a penalty, seed; alone: show them",
     "/think show|hide": "leave the thinking on the screen, or fold it to one line",
-    "/think off|on": "let the model answer at once, or think first, where its template can",
+    "/think off|on": "answer at once, or think first, where the template can",
     "/save NAME": "keep the conversation; NAME may be a path",
     "/load NAME": "go on with a conversation that was kept",
     "/export FILE.md": "write the conversation as Markdown",
-    "/copy": "put the last answer on the clipboard (the terminal's, by OSC 52)",
+    "/copy": "put the last answer on the clipboard (the terminal's: OSC 52)",
     "/model NAME": "go on with another model; without NAME say which this is",
     "/stats": "model, context used, speed of the last answer",
     "/exit": "leave (so does Ctrl-D)",
+}
+ELSEWHERE = {  # what other programs call them
+    "/?": "/help",
+    "/bye": "/exit",
+    "/clear": "/reset",
+    "/new": "/reset",
+    "/q": "/exit",
+    "/quit": "/exit",
+    "/retry": "/regen",
 }
 KEYS = (
     "Ctrl-C stops an answer. Alt-Enter begins a new line, so does Enter after a backslash. The arrow keys bring back "
@@ -155,12 +163,15 @@ class Chat:
 
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if argument and command in COMMANDS and command != "/help":  # those that take something have its name there
+            raise UsageError(f"{command} takes nothing after it")
         obey = self._commands.get(command)
         if obey is not None:
-            obey(argument.strip())
+            obey(argument)
             return
-        near = difflib.get_close_matches(command, self._commands, 1)
-        _say(f"no such command: {command}; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
+        near = ELSEWHERE.get(command.lower()) or near_miss(command, [*self._commands, "/exit"])
+        _say(f"no such command: {command}; " + (f"did you mean {near}?" if near else "/help lists them"))
 
     @property
     def _commands(self) -> dict[str, Callable[[str], None]]:
@@ -216,14 +227,17 @@ class Chat:
         _say(f"{name} goes with the next question ({units.counted(text.count(chr(10)) - 2, 'line')})")
 
     def _set(self, argument: str) -> None:
-        name, _, value = argument.partition(" ")
-        name = {"temp": "temperature"}.get(name.replace("-", "_"), name.replace("-", "_"))
+        typed, _, value = argument.partition(" ")
+        name = {"temp": "temperature"}.get(typed.replace("-", "_"), typed.replace("-", "_"))
         if not name:
-            _say(settings.as_text(self._request.sampling))
+            _say(self._settings)
             return
         if name not in (*self._request.sampling, "seed"):
             known = ["temp", *list(self._request.sampling)[1:], "seed"]
             raise UsageError(f"/set: no setting {name!r}{suggestion(name, known)}")
+        if not value.strip():
+            now = self._request.seed if name == "seed" else f"{self._request.sampling[name]:g}"
+            raise UsageError(f"/set {typed} VALUE sets it; it is {'not set' if now is None else now}")
         try:
             number = float(value)
         except ValueError:
@@ -231,12 +245,17 @@ class Chat:
         if name == "seed":
             if not 0 <= number < 1 << 63 or number != int(number):
                 raise UsageError(f"/set seed: a whole number from 0 on is needed, not {value}")
-            self._request = replace(self._request, seed=int(value))
+            exact = value.strip().isdecimal()  # a float holds 53 bits of it
+            self._request = replace(self._request, seed=int(value) if exact else int(number))
         else:
             options.check_sampling(name, number, f"/set {name}")
             changed = self._request.sampling | {name: int(number) if name == "top_k" else number}
             self._request = replace(self._request, sampling=changed)
-        _say(settings.as_text(self._request.sampling))
+        _say(self._settings)
+
+    @property
+    def _settings(self) -> str:
+        return settings.as_text(self._request.sampling, self._request.seed)
 
     def _think(self, how: str) -> None:
         if how in ("show", "hide"):
@@ -257,7 +276,7 @@ class Chat:
         _say(f"saved to {path}")
 
     def _load(self, name: str) -> None:
-        self._conversation = transcript.load(transcript.path_of(name))
+        self._conversation = transcript.load(transcript.found(name))
         self._last = self._unanswered = None
         self._count()
         turns = units.counted(len(self._conversation.turns), "turn")

@@ -19,7 +19,7 @@ from localmoe.errors import StorageError, UsageError
 
 app = typer.Typer(
     cls=Group,
-    help="Saved prompts for `localmoe run MODEL --template NAME`.",
+    help="Saved prompts for `localmoe run MODEL --template NAME`. Alone it lists them.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from localmoe import store
 from localmoe.cli.conversation import Conversation, Turn
+from localmoe.cli.values import suggestion
 from localmoe.errors import InputError, StorageError, UsageError
 from localmoe.formats.files import write_atomically
 
@@ -20,7 +21,25 @@ def path_of(name: str) -> Path:
         raise UsageError("give it a name, or a path")
     if "/" in name or name.endswith(".json") or name.startswith("~"):
         return Path(os.path.expanduser(name))  # noqa: PTH111  (Path's raises for an unknown user)
-    return store.home() / "chats" / f"{name}.json"
+    return _directory() / f"{name}.json"
+
+
+def names() -> list[str]:
+    """The conversations among localmoe's own files."""
+    return sorted(path.stem for path in _directory().glob("*.json"))
+
+
+def found(name: str) -> Path:
+    """The same of a conversation to be read. Raises InputError for a word that none is called."""
+    path, known = path_of(name), names()
+    if path.parent == _directory() and not path.exists():
+        there = suggestion(name, known) if known else "; /save NAME keeps one"
+        raise InputError(f"no conversation is kept as {name}{there}")
+    return path
+
+
+def _directory() -> Path:
+    return store.home() / "chats"
 
 
 def save(conversation: Conversation, path: Path) -> None:

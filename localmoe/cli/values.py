@@ -16,6 +16,7 @@ DEVICES = ("auto", "cpu", "cuda")
 TIERS = ("auto", "reference", "portable", "avx2", "avxvnni", "avx512")
 CACHE_DTYPES = ("auto", "bf16", "int8", "float32")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
+_SYNONYMS = {"gpu": "cuda", "nvidia": "cuda"}  # nearer to another word by their letters
 _UNITS = {"B": 1} | {
     prefix + suffix: base ** (power + 1)
     for suffix, base in (("iB", 1024), ("B", 1000))
@@ -26,6 +27,7 @@ _UNITS = {"B": 1} | {
 def near_miss(word: str, known: Iterable[str]) -> str | None:
     """The one of `known` that `word` was most likely meant to be; None where nothing is near."""
     by_case = {each.lower(): each for each in known}
+    word = _SYNONYMS.get(word.lower(), word)
     begun = [each for each in by_case if len(word) > 2 and each.startswith(word.lower())]
     begun += [each for each in by_case if len(each) > 3 and word.lower().startswith(each)]
     near = begun or difflib.get_close_matches(word.lower(), by_case, 1)

@@ -125,8 +125,11 @@ def test_a_conversation(sit_down, home):
     typist.expect("context 8/64")
     typist.say("/help")
     typist.expect("/regen")
-    typist.say("/stat")
-    typist.expect("did you mean /stats?")
+    for typed, meant in (("/stat", "/stats"), ("/HELP", "/help"), ("/exti", "/exit"), ("/quit", "/exit")):
+        typist.say(typed)
+        typist.expect(f"no such command: {typed}; did you mean {meant}?")
+    typist.say("/undo 2")
+    typist.expect("/undo takes nothing after it")
     typist.say("/exit")
     assert typist.wait() == 0
     history = home / "chat_history"
@@ -143,7 +146,7 @@ def test_stats_say_what_guessing_did_and_set_knows_the_penalties(sit_down):
     typist.say("/set frequency-penalty 0.5")
     typist.expect("frequency_penalty 0.5")
     typist.say("/set width 3")
-    typist.expect("there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed")
+    typist.expect("there are temp, top_p, top_k, min_p, repetition_penalty, presence_penalty,\nfrequency_penalty, seed")
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(sit_down):
@@ -335,7 +338,7 @@ def test_alt_enter_and_paste_keep_lines(sit_down):
 
 def test_commands_of_a_conversation(sit_down, tmp_path, home):
     (tmp_path / "a file.txt").write_text("one two\nthree\n")
-    typist = sit_down(FAKE_ANSWER="It is **bold**.")
+    typist = sit_down(FAKE_ANSWER="It is **bold**.", columns=300)  # a path is as long as it is
     typist.say("/undo")
     typist.expect("nothing to take back")
     typist.say("Hello")
@@ -367,12 +370,27 @@ def test_commands_of_a_conversation(sit_down, tmp_path, home):
     typist.expect("temperature 0.7")
     typist.say("/set temp hot")
     typist.expect("'hot' is not a number")
+    typist.say("/set temp")
+    typist.expect("/set temp VALUE sets it; it is 0.7")
+    typist.say("/set seed 1e3")
+    typist.expect("temperature 0.7, top_p 0.9, seed 1000")
+    typist.say("/set seed 9007199254740993")  # more than a float holds
+    typist.expect("seed 9007199254740993")
+    typist.say("/stats")
+    typist.expect("temperature 0.7, top_p 0.9, seed 9007199254740993")
     typist.say("/think off")
     typist.expect("no switch for thinking")
     typist.say("/edit")
     typist.expect("What is it?")
     typist.type("\x15\x03")
-    typist.say("/load nothing")
+    typist.say("/load tlak")
+    typist.expect("no conversation is kept as tlak; did you mean talk?")
+    typist.expect(PROMPT)
+    typist.type("/load tal\t")
+    typist.expect("/load talk")
+    typist.type("\r")
+    typist.expect("1 turn; the conversation goes on")
+    typist.say(f"/load {tmp_path}/nothing.json")
     typist.expect("cannot be read")
     typist.say("/etc/passwd is what?")  # a path is no command
     typist.expect("It is bold.")
@@ -385,7 +403,7 @@ def test_another_model_takes_over_and_the_conversation_goes_on(sit_down, home):
     for name in ("config.json", "localmoe.json"):
         text = (home / "models/demo/balanced" / name).read_text().replace("balanced", "compact")
         (home / "models/demo/compact" / name).write_text(text)
-    typist = sit_down(FAKE_FAILS="models/demo/compact")
+    typist = sit_down(FAKE_FAILS="models/demo/compact", columns=300)
     typist.say("Tell me a story")
     typist.expect("context 8/64")
     typist.say("/model")

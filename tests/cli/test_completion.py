@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from localmoe import sessions
 from localmoe.cli import config_file, prompt_template
 from localmoe.cli.app import COMMANDS
 from localmoe.cli.completion import SHELLS
@@ -31,6 +32,9 @@ def surroundings(home: Path) -> None:
     template = prompt_template.path_of("review")
     template.parent.mkdir(parents=True)
     template.write_text('prompt = "{input}"')
+    session = sessions.path_of("dragons")
+    session.parent.mkdir()
+    session.touch()  # damaged, but to be named for rm
     config_file.path().write_text('[alias]\nfast = "demo:compact"\n')
 
 
@@ -85,6 +89,11 @@ def candidates(invoke, *words: str) -> list[str]:
         (["config", "set", "chat.think", ""], {"true", "false"}),
         (["config", "set", "nothing.known", ""], set()),
         (["templates", "show", "r"], {"review"}),
+        (["sessions", ""], {"list", "show", "rm"}),
+        (["sessions", "show", ""], {"dragons"}),
+        (["sessions", "list", ""], set()),
+        (["run", "demo", "--session", "d"], {"dragons"}),
+        (["run", "demo:c"], {"demo:compact"}),
         (["completion", ""], set(SHELLS)),
         (["nonsense", ""], set()),
         (["config", "nonsense", ""], set()),

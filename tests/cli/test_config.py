@@ -191,6 +191,7 @@ def test_an_option_that_nobody_typed_is_traced_to_the_file(invoke, engine, monke
 def test_set_get_list_unset(invoke):
     path = config_file.path()
     assert invoke("config", "list").err.startswith(f"nothing is set in {path}")
+    assert invoke("config") == invoke("config", "list")
     for arguments in (
         ["model", "demo"],
         ["alias.v2.lite", "deepseek-v2-lite-chat:compact"],

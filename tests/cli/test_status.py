@@ -12,7 +12,7 @@ from localmoe.cli.conversation import Conversation
 from localmoe.cli.kept import Kept
 from localmoe.cli.settings import GREEDY
 from localmoe.cli.status import fitting, folded, status
-from localmoe.cli.talk import Asking, Chat
+from localmoe.cli.talk import COMMANDS, Asking, Chat
 from localmoe.offload.plan import Placement
 from localmoe.offload.predict import Residence
 from localmoe.offload.shares import Share
@@ -89,7 +89,21 @@ def test_what_matters_least_goes_first(columns) -> None:
 
 
 def test_a_line_of_facts_is_broken_between_them() -> None:
-    text = "17 tokens · 32.0 tokens/s · context 18/64\nno facts here, and longer than the terminal is wide\n"
+    text = "17 tokens · 32.0 tokens/s · context 18/64\n"
     assert folded(text, 40) == text.replace(" · context", "\ncontext")
     assert folded(text, 41) == text
     assert folded("a · b · c", 1) == "a\nb\nc"
+
+
+def test_a_line_without_facts_is_broken_between_words() -> None:
+    assert folded("one two  three\n  龍龍 four", 8) == "one two\nthree\n  龍龍\nfour"
+    assert folded("a /path/that/is/longer b", 10) == "a\n/path/that/is/longer\nb"
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_the_list_of_commands_fits_the_terminal(columns) -> None:
+    first = max(map(len, COMMANDS)) + 2
+    rows = folded("\n".join(f"{name:<{first}}{what}" for name, what in COMMANDS.items()), columns).split("\n")
+    assert max(map(len, rows)) <= columns
+    assert [row[:first].rstrip() for row in rows if not row.startswith(" ")] == list(COMMANDS)
+    assert columns < 80 or len(rows) == len(COMMANDS)

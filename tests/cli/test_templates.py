@@ -149,6 +149,13 @@ def test_wrong_usage(invoke, engine, arguments, message):
     assert not engine.calls
 
 
+def test_alone_it_lists(invoke):
+    assert invoke("templates", "add", "joke", "Tell a joke about {input}").status == 0
+    alone = invoke("templates")
+    assert alone == invoke("templates", "list")
+    assert "joke" in alone.out
+
+
 def test_add_show_list_rm(invoke):
     prompt = 'Review """this""" \\ code:\n\n{input}\n{{x}} for {whom}\n'
     outcome = invoke(
