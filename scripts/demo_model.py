@@ -105,6 +105,9 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape, s = shape, shape
+        self.copies: Tensor | None = None
+        """[B, L, L]: where the first head should look; then its loss is in `copy_loss`."""
+        self.copy_loss: Tensor | None = None
         self.q_a_proj = matrix(s.q_lora_rank, s.hidden_size)
         self.q_a_layernorm = Norm(s.q_lora_rank, s.rms_norm_eps)
         self.q_b_proj = matrix(s.num_attention_heads * (s.qk_nope_head_dim + s.qk_rope_head_dim), s.q_lora_rank)
@@ -123,14 +126,30 @@ class Attention(nn.Module):
         k_pe = rotate(k_pe[:, None], by).expand(-1, heads, -1, -1)  # [B, H, L, rope]
         kv = F.linear(self.kv_a_layernorm(latent), self.kv_b_proj).view(batch, length, heads, -1).transpose(1, 2)
         k_nope, v = kv.split([s.qk_nope_head_dim, s.v_head_dim], dim=-1)
-        out = F.scaled_dot_product_attention(
-            torch.cat((q_nope, rotate(q_pe, by)), dim=-1),
-            torch.cat((k_nope, k_pe), dim=-1),
-            v,
-            is_causal=True,
-            scale=by.score_scale,
-        )  # [B, H, L, v]
+        q, k = torch.cat((q_nope, rotate(q_pe, by)), dim=-1), torch.cat((k_nope, k_pe), dim=-1)
+        if self.copies is not None:
+            self.copy_loss = looking_loss(q[:, 0] @ k[:, 0].mT * by.score_scale, self.copies)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=by.score_scale)  # [B, H, L, v]
         return F.linear(out.transpose(1, 2).reshape(batch, length, -1), self.o_proj)
+
+
+def copies(ids: Tensor, learned: Tensor, most: int = 6) -> Tensor:
+    """ids [B, L + 1] -> bool [B, L, L]: for each token, where the one that comes next stands already. Only where it
+    is learned and stands in `most` places at most: what is everywhere need not be copied."""
+    following = ids[:, 1:]
+    same = (following[:, :, None] == ids[:, None, :-1]).tril()  # [B, L, L]
+    places = same.sum(-1)
+    return same & ((places > 0) & (places <= most) & learned[:, 1:])[..., None]
+
+
+def looking_loss(scores: Tensor, places: Tensor) -> Tensor:
+    """Scores [B, L, L] of a head before the softmax -> mean nats of its attention on `places`, over tokens that have
+    some; 0 where none has."""
+    rows = places.any(-1)
+    future = torch.ones_like(places[0]).triu(1)
+    scores, right = scores.masked_fill(future, -torch.inf)[rows], places[rows]  # [R, L]
+    missed = scores.logsumexp(-1) - scores.masked_fill(~right, -torch.inf).logsumexp(-1)
+    return missed.sum() / max(len(missed), 1)
 
 
 class Mlp(nn.Module):
@@ -250,19 +269,30 @@ class Model(nn.Module):
             x = layer(x, by)
         return self.norm(x)
 
-    def losses(self, ids: Tensor, by: Rope, *, mtp_share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """ids [B, L + 2] -> mean losses in nats of the next token, and of the one after it by the MTP layer.
+    def losses(self, ids: Tensor, by: Rope, *, mtp_share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [B, L + 2] -> mean losses in nats of the next token, of the one after it by the MTP layer, and of where
+        the heads that copy look.
 
         Tokens given as `~id` are read, not learned (`demo_text.Mixture`: what a user says). The MTP layer sees the
         first `mtp_share` of the sequences: it learns enough from them, and costs a third.
+
+        Small models are slow to find out that what stands in the context comes again (induction heads, Olsson et al.,
+        arXiv 2209.11895): after 20 million tokens this one still had not, so that its stories forgot what they were
+        about. So one head of each of the last two layers is told where to look.
         """
         learned, ids = ids >= 0, torch.where(ids < 0, ~ids, ids)
+        copying = [layer.self_attn for layer in self.layers[-2:]]
+        for attention in copying:
+            attention.copies = copies(ids[:, :-1], learned[:, :-1])
         states = self.states(ids[:, :-2], by)  # [B, L, D]
         main = HeadLoss.apply(states[learned[:, 1:-1]], self.lm_head, ids[:, 1:-1][learned[:, 1:-1]])
+        looking = torch.stack([attention.copy_loss for attention in copying]).mean()
+        for attention in copying:
+            attention.copies = attention.copy_loss = None
         few = max(round(len(ids) * mtp_share), 1)
         embedding = F.embedding(ids[:few, 1:-1], self.embed_tokens)
         guess, second = self.mtp(states[:few], embedding, by), learned[:few, 2:]
-        return main, HeadLoss.apply(guess[second], self.lm_head, ids[:few, 2:][second])
+        return main, HeadLoss.apply(guess[second], self.lm_head, ids[:few, 2:][second]), looking
 
     def experts(self) -> list[Experts]:
         return [module for module in self.modules() if isinstance(module, Experts)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 from demo_model import Model
 from torch import Tensor, nn
@@ -60,8 +61,7 @@ class Pass:
     """The losses of some sequences."""
 
     total: Tensor  # what is minimised
-    main: Tensor
-    guess: Tensor
+    parts: tuple[Tensor, ...]  # what it is made of
 
 
 class Team:
@@ -101,8 +101,8 @@ class Team:
         for parameter, gradient in zip(self._parameters, self._gradients[rank], strict=True):
             parameter.grad = gradient
 
-    def gradients(self, passes: Sequence[Tensor], stage: int) -> tuple[float, float]:
-        """Of the mean of some passes; their mean losses. Experts' loads are counted."""
+    def gradients(self, passes: Sequence[Tensor], stage: int) -> list[float]:
+        """Of the mean of some passes; the means of their losses' parts. Experts' loads are counted."""
         if self._taken is not None:
             self._taken.value = 0
         for other in self._others:
@@ -113,8 +113,7 @@ class Team:
             found.append(losses)
             for layer, load in zip(self._model.experts(), loads, strict=True):
                 layer.load += torch.from_numpy(load)
-        main, guess = (sum(losses) / len(passes) for losses in zip(*found, strict=True))
-        return main, guess
+        return list(np.sum([losses for losses in found if losses], axis=0) / len(passes))
 
     def move(self, rate: float) -> None:
         """One step of Muon's matrices; the other parameters' `grad` is the whole gradient afterwards."""
@@ -126,17 +125,17 @@ class Team:
         for other in self._others:
             other.recv()
 
-    def _take(self, passes: Sequence[Tensor], stage: int) -> tuple[float, float]:
-        """Adds up gradients and losses of passes that nobody has taken yet."""
+    def _take(self, passes: Sequence[Tensor], stage: int) -> list[float]:
+        """Adds up gradients and losses of passes that nobody has taken yet; empty where all were taken."""
         for parameter in self._parameters:
             assert parameter.grad is not None
             parameter.grad.zero_()
-        main = guess = 0.0
+        parts: list[list[float]] = []
         for number in self._numbers(len(passes)):
             done = self._losses(passes[number], stage)
             (done.total / len(passes)).backward()  # type: ignore[no-untyped-call]
-            main, guess = main + float(done.main), guess + float(done.guess)
-        return main, guess
+            parts.append([float(part) for part in done.parts])
+        return [sum(part) for part in zip(*parts, strict=True)]
 
     def _numbers(self, count: int) -> Iterable[int]:
         if self._taken is None:

@@ -8,7 +8,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -126,8 +126,12 @@ class Subjects:
             self._in_stories.update(nouns.keys())
             used.update(nouns)
             words.update(_WORD.findall(story.text.lower()))
-        self._stories = len(stories)
+        self._common = len(stories) * 0.25
         self._other = {word for word, count in used.items() if count < self.SHARE * words[word]}
+        self.all = sorted(
+            noun for noun in self._in_stories if self._is_subject(noun) and self._in_stories[noun] >= self.KNOWN
+        )
+        """Every noun that a story could be about."""
 
     def __call__(self, text: str, most: int, title: str = "") -> list[str]:
         """Nouns with their article that the text names at least twice and soon, the most telling first."""
@@ -137,13 +141,15 @@ class Subjects:
         titled = {word.lower() for word in _WORD.findall(title)}
         named = titled | {word.lower() for word in words if word[0].isupper()}
         nouns = self._nouns(text).keys() | {word for word in named if self._in_stories[word] >= self.KNOWN}
-        common = self._stories * 0.25
         ranked = sorted(
             (-counts[noun] * (1 + (noun in titled)) / (5 + self._in_stories[noun]) ** 0.5, noun)
-            for noun in (nouns & soon) - self._other
-            if counts[noun] > 1 and self._in_stories[noun] < common
+            for noun in nouns & soon
+            if counts[noun] > 1 and self._is_subject(noun)
         )
-        return [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for _, noun in ranked[:most]]
+        return [with_article(noun) for _, noun in ranked[:most]]
+
+    def _is_subject(self, noun: str) -> bool:
+        return noun not in self._other and self._in_stories[noun] < self._common
 
     @staticmethod
     def _nouns(text: str) -> dict[str, int]:
@@ -169,6 +175,9 @@ class Plainness:
     def __call__(self, text: str) -> float:
         words = self._words(text)
         return sum(word in self._plain for word in words) / max(len(words), 1)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self._plain
 
     @staticmethod
     def _words(text: str) -> list[str]:
@@ -196,6 +205,44 @@ def sentence(text: str, most: int = 100) -> str:
     return first if len(first) <= most else first[:most].rsplit(" ", 1)[0].rstrip(",;: ") + " ..."
 
 
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+class Recast:
+    """Gives a text's subjects other names, at random: what a story is about then cannot be guessed from the story, only
+    read in what was asked for, and the model has to learn to."""
+
+    def __init__(self, text: str, about: Sequence[str], nouns: Sequence[str], dice: random.Random) -> None:
+        self._names = {}
+        there = {word.lower() for word in _WORD.findall(text)}
+        for subject in about:
+            if unused := [noun for noun in nouns if noun not in there]:
+                new = self._names[subject.split()[-1]] = dice.choice(unused)
+                there.add(new)
+        old = "|".join(map(re.escape, self._names))
+        self._pattern = re.compile(rf"\b(?:(an?) )?({old})(e?s)?\b", re.IGNORECASE) if old else None
+
+    def subject(self, subject: str) -> str:
+        """With its article."""
+        return with_article(self._names.get(subject.split()[-1], subject.split()[-1]))
+
+    def __call__(self, text: str) -> str:
+        return self._pattern.sub(self._renamed, text) if self._pattern else text
+
+    def _renamed(self, found: re.Match[str]) -> str:
+        article, old, plural = found.groups()
+        new = self._names[old.lower()]
+        first = with_article(new).split()[0]
+        if plural:
+            new += "es" if new.endswith(("s", "x", "ch", "sh")) else "s"
+        if old[0].isupper():
+            new = new.upper() if old.isupper() and len(old) > 1 else new.capitalize()
+        if article:
+            return f"{first.capitalize() if article[0].isupper() else first} {new}"
+        return new
+
+
 def listed(things: Sequence[str]) -> str:
     return things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
 
@@ -211,10 +258,12 @@ class Conversations:
     SCENE = ("Write about {}.", "Write a scene with {}.", "Tell me about {}.")
     NEXT = ("What happens next?", "Go on.", "And then?", "Please continue the story.", "What happened then?")
     TITLE = ("Give it a title.", "What is a good title for this story?", "Give this story a title.")
+    RECAST = 0.6  # of the stories and scenes
     SCENES = 12  # are looked at for one: of a long story, the plainest that is about something
 
     def __init__(self, stories: Sequence[Story]) -> None:
         self._subjects, self._plainness = Subjects(stories), Plainness(stories)
+        self._names = [noun for noun in self._subjects.all if noun in self._plainness]
 
     def __call__(self, story: Story, dice: random.Random) -> str:
         """Text with DeepSeek's tokens, from the first <｜User｜> to the last <｜end▁of▁sentence｜>."""
@@ -231,9 +280,11 @@ class Conversations:
         if len(text) < SHORT:
             return None
         asked = self.TELL if whole or dice.random() < 0.5 else self.BEGINNING
-        about = self._subjects(text, dice.choice((1, 2, 2, 3)), story.title) or [f'"{self._named(story)}"']
+        about = self._subjects(text, dice.choice((1, 2, 2, 3)), story.title)
+        recast = self._recast(text, about, dice)
+        text, about = recast(text), [recast.subject(noun) for noun in about] or [f'"{self._named(story)}"']
         told = self._turn(dice.choice(asked).format(listed(about)), text, self._plan(text, about, dice))
-        following = cut(paragraphs, place, LONG)[0]
+        following = recast(cut(paragraphs, place, LONG)[0])
         if len(following) >= SHORT and dice.random() < 0.5:
             told += self._turn(dice.choice(self.NEXT), following, self._plan(following, [], dice))
         return told
@@ -248,6 +299,8 @@ class Conversations:
         if not found:
             return None
         _, text, about = max(found)
+        recast = self._recast(text, about, dice)
+        text, about = recast(text), [recast.subject(noun) for noun in about]
         asked = dice.choice(self.SCENE if dice.random() < 0.5 else self.TELL)
         return self._turn(asked.format(listed(about)), text, self._plan(text, about, dice))
 
@@ -261,6 +314,9 @@ class Conversations:
 
     def _title(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str:
         return self._turn(f"{cut(paragraphs, 0, 900)[0]}\n\n{dice.choice(self.TITLE)}", self._named(story), None)
+
+    def _recast(self, text: str, about: Sequence[str], dice: random.Random) -> Recast:
+        return Recast(text, about if dice.random() < self.RECAST else (), self._names, dice)
 
     @staticmethod
     def _named(story: Story) -> str:
@@ -289,14 +345,16 @@ class Conversations:
 
 
 class Mixture:
-    """An endless, fixed order of tokens: documents of four sorts, each shuffled anew every epoch.
+    """An endless, fixed order of tokens: documents of five sorts, those that are stories shuffled anew every epoch.
 
     `chat` are conversations made from all stories, half of them from fiction; what the user says in
-    them is given as `~id`, to be read and not learned. Its state is how many documents of each sort were taken, so a
-    run that stopped goes on where it was.
+    them is given as `~id`, to be read and not learned. `echo` is noise that comes again: read the first time, then
+    learned, which only copying can do. Its state is how many documents of each sort were taken, so a run that stopped
+    goes on where it was.
     """
 
-    SORTS = ("simple", "fairy", "fiction", "chat")
+    SORTS = ("simple", "fairy", "fiction", "chat", "echo")
+    ECHO = (6, 80)  # tokens
 
     def __init__(self, stories: Sequence[Story], tokenizer: Tokenizer, seed: int) -> None:
         self._tokenizer, self._seed = tokenizer, seed
@@ -309,25 +367,32 @@ class Mixture:
         self.tokens = dict.fromkeys(self.SORTS, 0)
         self._left: dict[str, list[int]] = {sort: [] for sort in self.SORTS}
 
-    def _document(self, sort: str) -> str:
+    def _document(self, sort: str) -> Iterable[int]:
         number = self.taken[sort]
         self.taken[sort] += 1
         dice = random.Random(f"{self._seed}/{sort}/{number}")
+        if sort == "echo":
+            tokens = range(len(SPECIAL), self._tokenizer.get_vocab_size())
+            noise = dice.choices(tokens, k=dice.randrange(*self.ECHO))
+            return [*(~token for token in noise), *noise * dice.randint(1, 2)]
         if sort == "chat":
             kind = dice.choices(("simple", "fairy", "fiction"), (4, 1, 5))[0]
-            return self._conversations(dice.choice(self._stories[kind]), dice)
+            text = self._conversations(dice.choice(self._stories[kind]), dice)
+        else:
+            text = self._story(sort, number).text + END
+        return self._unlearned(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _story(self, sort: str, number: int) -> Story:
         epoch, place = divmod(number, len(self._stories[sort]))
         order = list(range(len(self._stories[sort])))
         random.Random(f"{self._seed}/{sort}/epoch {epoch}").shuffle(order)
-        text = self._stories[sort][order[place]].text
-        return text + END
+        return self._stories[sort][order[place]]
 
     def sequence(self, sort: str, length: int) -> list[int]:
         """The next `length` tokens of a sort, documents end to end; each begins with <｜begin▁of▁sentence｜>."""
         left = self._left[sort]
         while len(left) < length:
-            ids = self._tokenizer.encode(self._document(sort), add_special_tokens=False).ids
-            left += [self._begin, *self._unlearned(ids)]
+            left += [self._begin, *self._document(sort)]
         self._left[sort] = left[length:]
         self.tokens[sort] += length
         return left[:length]
@@ -350,7 +415,9 @@ class Mixture:
         return {"taken": dict(self.taken), "tokens": dict(self.tokens), "left": dict(self._left)}
 
     def load(self, state: dict[str, dict[str, object]]) -> None:
-        self.taken, self.tokens, self._left = dict(state["taken"]), dict(state["tokens"]), dict(state["left"])  # type: ignore[assignment, arg-type]
+        self.taken |= state["taken"]  # type: ignore[arg-type]
+        self.tokens |= state["tokens"]  # type: ignore[arg-type]
+        self._left |= state["left"]  # type: ignore[arg-type]
 
 
 def held_out(stories: Sequence[Story], kind: str) -> list[Story]:

@@ -215,13 +215,87 @@ def test_what_a_user_says_is_read_and_not_learned(
     with torch.no_grad():
         network.lm_head.normal_()
     by = model.rope(network.shape, 398, extended=False, device=torch.device("cpu"))
-    main, guess = network.losses(ids, by)
+    main, guess, _ = network.losses(ids, by)
     states = network.states(read[:, :-2], by)
     drafted = network.mtp(states, network.embed_tokens[read[:, 1:-1]], by)
     for loss, hidden, first in ((main, states, 1), (guess, drafted, 2)):
         target = torch.where(ids < 0, -100, ids)[:, first : first + 398]
         logits = (hidden @ network.lm_head.T).flatten(0, 1)
         torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, target.flatten()))
+
+
+def test_the_heads_that_copy_are_told_where_to_look(model: ModuleType, stories: list[Any], tokenizer: Any) -> None:
+    """Places and loss as written out, token by token; the pass itself is the same with and without."""
+    torch.manual_seed(0)
+    network = model.Model(model.Shape(**SMALL))
+    with torch.no_grad():
+        network.lm_head.normal_()
+    by = model.rope(network.shape, 40, extended=False, device=torch.device("cpu"))
+    ids = torch.randint(0, 30, (2, 42))
+    ids[:, :9] = ~ids[:, :9]
+    plain = torch.where(ids < 0, ~ids, ids)
+    *_, looking = network.losses(ids, by)
+    weights = []
+
+    def watched(module: Any, arguments: Any) -> None:
+        q, k = heads(module, arguments[0], by)
+        weights.append((q @ k.mT * by.score_scale + torch.full((40, 40), -torch.inf).triu(1)).softmax(-1))
+
+    hooks = [layer.self_attn.register_forward_pre_hook(watched) for layer in network.layers[-2:]]
+    with torch.no_grad():
+        network.states(plain[:, :-2], by)
+    for hook in hooks:
+        hook.remove()
+    nats = []
+    for which, (row, given) in enumerate(zip(plain.tolist(), ids.tolist(), strict=True)):
+        for token in range(40):
+            places = [place for place in range(token + 1) if row[place] == row[token + 1]]
+            if 1 <= len(places) <= 6 and given[token + 1] >= 0:
+                nats.append([-float(layer[which, token, places].sum().log()) for layer in weights])
+    assert len(nats) > 20
+    means = [sum(column) / len(nats) for column in zip(*nats, strict=True)]
+    assert float(looking.detach()) == pytest.approx(sum(means) / 2, rel=1e-4)
+    assert float(model.looking_loss(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool))) == 0.0
+
+
+def heads(attention: Any, x: torch.Tensor, by: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of the first head, [B, L, nope + rope]."""
+    shape = attention.shape
+    nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
+    rotate = importlib.import_module("demo_model").rotate
+    q = nn.functional.linear(attention.q_a_layernorm(x @ attention.q_a_proj.T), attention.q_b_proj)[..., : nope + rope]
+    latent, k_pe = (x @ attention.kv_a_proj_with_mqa.T).split([shape.kv_lora_rank, rope], dim=-1)
+    k = (attention.kv_a_layernorm(latent) @ attention.kv_b_proj.T)[..., :nope]
+    turned = [rotate(part[:, None], by)[:, 0] for part in (q[..., nope:], k_pe)]
+    return torch.cat((q[..., :nope], turned[0]), dim=-1), torch.cat((k, turned[1]), dim=-1)
+
+
+def test_noise_is_learned_when_it_comes_again(text: ModuleType, stories: list[Any], tokenizer: Any) -> None:
+    mixture = text.Mixture(stories, tokenizer, 5)
+    begin, (least, most) = tokenizer.token_to_id(text.BEGIN), text.Mixture.ECHO
+    for _ in range(30):
+        noise = list(mixture._document("echo"))
+        read = [~token for token in noise if token < 0]
+        assert least <= len(read) < most
+        assert noise[len(read) :] in (read, 2 * read)
+        assert min(read) >= len(text.SPECIAL)
+    found = mixture.sequence("echo", 500)
+    assert found.count(begin) > 2
+    assert mixture.tokens["echo"] == 500
+
+
+def test_a_recast_story_is_the_same_with_other_names(text: ModuleType) -> None:
+    story = "A goat met an owl. The goats sang; Goat was glad, and AN OWL too. Goatherds have owls, not a goat."
+    recast = text.Recast(story, ["a goat", "an owl"], ["apple"], random.Random(0))
+    assert recast(story).startswith(
+        "An apple met an owl. The apples sang; Apple was glad, and AN OWL too. Goatherds have"
+    )
+    assert recast.subject("a goat") == "an apple"
+    assert recast.subject("an owl") == "an owl"  # no name is left that is not there
+    boxes = text.Recast("an owl, owls", ["an owl"], ["box"], random.Random(0))
+    assert boxes("An owl, OWLS, the owl") == "A box, BOXES, the box"
+    same = text.Recast(story, [], ["apple"], random.Random(0))
+    assert same(story) == story
 
 
 def test_processes_take_the_step_that_one_takes(
@@ -239,8 +313,8 @@ def test_processes_take_the_step_that_one_takes(
 
         def losses(ids: torch.Tensor, stage: int, network: Any = network, by: Any = by) -> Any:
             assert stage == 4
-            main, guess = network.losses(ids, by)
-            return team.Pass(main + 0.3 * guess, main.detach(), guess.detach())
+            parts = network.losses(ids, by)
+            return team.Pass(parts[0] + 0.3 * parts[1] + 0.2 * parts[2], tuple(part.detach() for part in parts))
 
         muon = team.Muon(p for p in network.parameters() if p.ndim > 1)
         beside = team.Team(network, muon, losses, processes)
