@@ -10,7 +10,7 @@ import typer
 from localmoe import sessions as store
 from localmoe.cli import options, streams, units
 from localmoe.cli.sanitize import printable, printable_line
-from localmoe.cli.values import check_choice
+from localmoe.cli.values import check_choice, near_miss
 from localmoe.errors import SessionError, UsageError
 
 if TYPE_CHECKING:
@@ -46,13 +46,22 @@ def sessions(
     if name is None:
         _list(as_json)
     elif action == "show":
-        _show(store.find(name), as_json)
+        _show(store.find(_known(name)), as_json)
     else:
-        removed = store.remove(name)
+        removed = store.remove(_known(name))
         if as_json:
             streams.write_json({"removed": [str(removed)]})
         else:
             streams.write(f"removed {printable_line(removed)}\n")
+
+
+def _known(name: str) -> str:
+    """A session's name; of one that is not there the error says which was probably meant."""
+    names = [entry.name for entry in store.list_sessions()]
+    near = None if name in names else near_miss(name, names)
+    if near is not None:
+        raise SessionError(f"there is no session {printable_line(name)}; did you mean {near}?")
+    return name
 
 
 def _list(as_json: bool) -> None:

@@ -20,6 +20,9 @@ CHUNK = 512
 GPU_CHUNK = 4096
 """The same where experts are streamed to the card: each chunk carries a layer's experts over once."""
 
+HEAD_BLOCK = 16
+"""Heads that the CPU's attention computes together, in the lanes of a vector; fewer take as long."""
+
 CPU_MEMORY = "CPU memory bandwidth"
 CPU_COMPUTE = "CPU arithmetic"
 CPU_LAYERS = "fixed costs of the CPU's layers"
@@ -149,7 +152,8 @@ def _decode_on_cpu(subject: Subject, machine: Machine, index: int, home: Residen
     cpu, layer, config = machine.cpu, subject.sizes.layers[index], subject.config
     costs = Costs({CPU_LAYERS: cpu.layer.value})
     costs[CPU_MEMORY] += _reading(subject, cpu, layer.attention) + _reading(subject, cpu, layer.mlp)
-    computing = config.num_attention_heads * held * (config.latent_width + config.kv_lora_rank) / cpu.latents.value
+    heads = -(-config.num_attention_heads // HEAD_BLOCK) * HEAD_BLOCK
+    computing = heads * held * (config.latent_width + config.kv_lora_rank) / cpu.latents.value
     costs[CONTEXT] += max(held * subject.cache_row / cpu.read.value, computing)
     if layer.experts:
         costs += _cold_experts(subject, machine, index, home, 1)

@@ -127,6 +127,11 @@ def test_the_list_and_what_it_shows(invoke, engine, home: Path):
     assert "[assistant]\nOnce upon a time.\n" in shown
     assert invoke("sessions", "show", "s", "--json").json["seed"] == 2
     assert "cut short or damaged" in invoke("sessions", "show", "broken").err
+    for action in ("show", "rm"):
+        outcome = invoke("sessions", action, "brokn")
+        assert outcome.status == 1
+        assert "there is no session brokn; did you mean broken?" in outcome.err
+    assert "`localmoe sessions list` shows them" in invoke("sessions", "show", "wholly-other").err
     assert json.loads(invoke("sessions", "rm", "broken", "--json").out)["removed"] == [str(sessions.path_of("broken"))]
     assert invoke("sessions", "rm", "s").status == 0
     assert invoke("sessions", "rm", "s").status == 1

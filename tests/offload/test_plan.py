@@ -14,7 +14,7 @@ from localmoe.model.config import ModelConfig
 from localmoe.model.sizes import Storage, model_sizes
 from localmoe.offload.machine import GIB, CpuSpeed, Figure, GpuSpeed, Machine, assumed_cpu, assumed_disk, assumed_gpu
 from localmoe.offload.plan import Budgets, gpu_workspace, make_plan, place
-from localmoe.offload.predict import CPU_MEMORY, DISK, Residence, Subject, stream_from
+from localmoe.offload.predict import CONTEXT, CPU_MEMORY, DISK, Residence, Subject, decode, stream_from
 from quantize.recipes import RECIPES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -51,6 +51,20 @@ def test_decode_on_a_cpu_is_bytes_over_bandwidth() -> None:
     assert plan.placement.nbytes("disk") == 0
     assert plan.placement.nbytes("ram") == lite.sizes.nbytes + 4096 * lite.cache_per_token
     assert plan.advice == ()
+
+
+def test_few_heads_attend_in_the_time_of_a_block() -> None:
+    lite = subject("deepseek-v2-lite")  # 16 heads
+    layers = [Residence(False)] * 27
+
+    def seconds(heads: int) -> float:
+        config = replace(lite.config, num_attention_heads=heads)
+        model = replace(lite, config=config)
+        return decode(model, Machine(simple(10e9), assumed_disk()), layers, False, 4096).seconds[CONTEXT]
+
+    assert seconds(16) == pytest.approx(27 * 16 * 4096 * (576 + 512) / 10e9)
+    assert seconds(4) == seconds(16)
+    assert seconds(17) == pytest.approx(2 * seconds(16))
 
 
 def test_experts_that_memory_does_not_hold_wait_for_the_disk() -> None:
