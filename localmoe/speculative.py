@@ -67,8 +67,8 @@ class MtpDrafter:
     and join its pass. Where they are many, their rows alone are made, so a pause in guessing costs next to nothing.
 
     The rows are those of tokens `start`, `start + 1`, ...: of the whole text, unless some were not observed, at its
-    beginning or where nothing was to be guessed for a while. Then the layer attends to what came since, and is right less
-    often at first.
+    beginning or where nothing was to be guessed for a while. Then the layer attends to what came since, and is right
+    less often at first.
     """
 
     name = "mtp"
