@@ -48,7 +48,7 @@ __all__ = [
     "unfinished_bytes",
 ]
 
-RECIPES: tuple[str, ...] = ("balanced", "experts-only", "local", "compact", "int8", "nf4")
+RECIPES: tuple[str, ...] = ("balanced", "experts-only", "local", "compact", "smallest", "int8", "nf4")
 CONVERTED = "converted"
 """What stands for a recipe where others packed the source."""
 ARTIFACTS = (*RECIPES, CONVERTED)

@@ -109,6 +109,10 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("experts-only", {"routed_experts": "int4"}),
         Recipe("local", {"routed_experts": "int4", **_DENSE_INT8, **_ENDS_INT8}),
         Recipe("compact", {"routed_experts": "int4", **_DENSE_INT4, **_ENDS_INT8}),
+        Recipe(
+            "smallest",
+            {"routed_experts": "int4", **_DENSE_INT4, "kv_b": "int8", "head": "int4", "embedding": "int4"},
+        ),
         Recipe("int8", {"routed_experts": "int8", **_DENSE_INT8, **_ENDS_INT8}),
         Recipe("nf4", {"routed_experts": "nf4", **_DENSE_INT8}),
     )

@@ -58,7 +58,7 @@ def test_v2_lite_by_hand() -> None:
 
 
 def test_what_our_other_recipes_give_up() -> None:
-    for recipe in ("local", "compact", "int8"):
+    for recipe in ("local", "compact", "smallest", "int8"):
         packed = found(config_of("deepseek-v3", recipe))
         ends = {"unquantized head", "unquantized embedding"}
         assert {problem.rule for problem in packed["vLLM"].problems} == ends

@@ -77,7 +77,7 @@ def test_quantize_gate(invoke, empty_home):
     [
         (
             ["demo", "--recipe", "fast"],
-            "'fast' is not one of balanced, experts-only, local, compact, int8, nf4",
+            "'fast' is not one of balanced, experts-only, local, compact, smallest, int8, nf4",
         ),
         (["demo:compact", "--recipe", "nf4"], "contradicts"),
         (["demo", "--group-size", "48"], "--group-size"),

@@ -110,6 +110,7 @@ def random_source(directory: Path, values: dict[str, Any]) -> None:
         ({"num_nextn_predict_layers": 1}, "compact", 32),
         ({}, "compact", 64),  # 64 does not divide 160, 96, 288: much stays as it was
         ({}, "local", 32),
+        ({}, "smallest", 32),
         ({"num_nextn_predict_layers": 1}, "int8", 32),
         ({"tie_word_embeddings": True}, "local", 32),
         ({}, "nf4", 32),  # nor does NF4's block

@@ -1,7 +1,7 @@
 """What we write, transformers and compressed-tensors load unchanged: the same numbers, the same logits.
 
-But for `local`, `compact` and `int8`, whose embedding is packed: transformers 5.23 loads them only after the fixture
-here lets it skip the first values of an embedding that has no plain weight.
+But for those whose embedding is packed (`local`, `compact`, `smallest`, `int8`): transformers 5.23 loads them only
+after the fixture here lets it skip the first values of an embedding that has no plain weight.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.weights import dequantize
 
 LAYERS, EXPERTS = 5, 16
-RECIPES = ("balanced", "experts-only", "local", "compact", "int8")
-PACKED_EMBEDDING = ("local", "compact", "int8")
+RECIPES = ("balanced", "experts-only", "local", "compact", "smallest", "int8")
+PACKED_EMBEDDING = ("local", "compact", "smallest", "int8")
 first_values = PreTrainedModel._init_weights
 
 

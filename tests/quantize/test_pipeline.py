@@ -64,7 +64,15 @@ def test_the_demo_in_every_recipe(recipe: str, demo: Path, demo_artifacts: Calla
         assert torch.equal(output.read(bias), source.read(bias))
         assert "model.layers.5.eh_proj.weight" in output
         assert "model.layers.5.embed_tokens.weight" not in output
-    sizes = {"balanced": 7.51, "experts-only": 8.73, "local": 6.07, "compact": 5.42, "int8": 8.60, "nf4": 7.51}
+    sizes = {
+        "balanced": 7.51,
+        "experts-only": 8.73,
+        "local": 6.07,
+        "compact": 5.42,
+        "smallest": 4.75,
+        "int8": 8.60,
+        "nf4": 7.51,
+    }
     assert manifest.totals.bits_per_weight == pytest.approx(sizes[recipe], abs=0.01)
     assert manifest.totals.parameters == 12_428_880
     assert (directory / "tokenizer.json").read_bytes() == (demo / "tokenizer.json").read_bytes()

@@ -16,9 +16,10 @@ from quantize.sources import SourceReader, open_source
 INT4, INT8, NF4 = Scheme("int4", 32), Scheme("int8", 32), Scheme("nf4", 64)
 
 # What each recipe makes of a module: DESIGN's table, spelled out.
-DENSE = {"balanced": INT8, "local": INT8, "compact": INT4, "int8": INT8, "nf4": INT8}
-ENDS = {"local": INT8, "compact": INT8, "int8": INT8}
-EXPERTS = {"balanced": INT4, "experts-only": INT4, "local": INT4, "compact": INT4, "int8": INT8, "nf4": NF4}
+DENSE = {"balanced": INT8, "local": INT8, "compact": INT4, "smallest": INT4, "int8": INT8, "nf4": INT8}
+KV_B = {"local": INT8, "compact": INT8, "smallest": INT8, "int8": INT8}
+ENDS = {**KV_B, "smallest": INT4}
+EXPERTS = dict.fromkeys(("balanced", "experts-only", "local", "compact", "smallest"), INT4) | {"int8": INT8, "nf4": NF4}
 EXPECTED: dict[str, dict[str, Scheme]] = {
     "model.layers.1.mlp.experts.3.gate_proj": EXPERTS,
     "model.layers.2.mlp.experts.0.down_proj": EXPERTS,
@@ -29,7 +30,7 @@ EXPECTED: dict[str, dict[str, Scheme]] = {
     "model.layers.0.self_attn.q_b_proj": DENSE,
     "model.layers.0.self_attn.kv_a_proj_with_mqa": DENSE,
     "model.layers.2.self_attn.o_proj": DENSE,
-    "model.layers.0.self_attn.kv_b_proj": ENDS,
+    "model.layers.0.self_attn.kv_b_proj": KV_B,
     "lm_head": ENDS,
     "model.layers.2.shared_head.head": ENDS,
     "model.embed_tokens": ENDS,
@@ -55,7 +56,7 @@ def test_recipes_give_each_part_its_bits(recipe: str, module: str) -> None:
     assert QuantizationConfig.from_dict(config.to_dict()).scheme_for(module) == expected
 
 
-@pytest.mark.parametrize("recipe", ["balanced", "experts-only", "local", "compact", "int8"])
+@pytest.mark.parametrize("recipe", ["balanced", "experts-only", "local", "compact", "smallest", "int8"])
 def test_groups_keep_to_what_other_engines_need(recipe: str) -> None:
     config = RECIPES[recipe].quantization_config(64)
     assert config.groups[-1].targets == ("Linear",)
@@ -67,7 +68,7 @@ def test_groups_keep_to_what_other_engines_need(recipe: str) -> None:
 
 def test_unknown_recipe() -> None:
     with pytest.raises(
-        UsageError, match="unknown recipe 'q4_k_m': the recipes are balanced, experts-only, local, compact"
+        UsageError, match="unknown recipe 'q4_k_m': the recipes are balanced, experts-only, local, compact, smallest"
     ):
         recipe_named("q4_k_m")
 
@@ -143,7 +144,7 @@ def test_what_is_embedding_and_head_in_one_stays(make_source: Callable[..., Path
 
 def test_only_int4_is_calibrated() -> None:
     calibrated = {name for name, recipe in RECIPES.items() if recipe.calibrates}
-    assert calibrated == {"balanced", "experts-only", "local", "compact"}
+    assert calibrated == {"balanced", "experts-only", "local", "compact", "smallest"}
 
 
 def test_unknown_matrices_are_carried_and_ignored(make_source: Callable[..., Path]) -> None:

@@ -103,7 +103,10 @@ def test_directories(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("demo:compct", "did you mean :compact?"),
-        ("demo:xyz", "it can be :balanced, :experts-only, :local, :compact, :int8, :nf4, :converted, :source"),
+        (
+            "demo:xyz",
+            "it can be :balanced, :experts-only, :local, :compact, :smallest, :int8, :nf4, :converted, :source",
+        ),
         ("demo:", "unknown ending ':'"),
         ("demo:a:b", "unknown ending"),
     ],
