@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ PROMPTS = (
 SHOWN = 5
 TEMPERATURES = (0.7, 0.9)
 LENGTH = 200  # tokens
+ECHO = 64  # random tokens, for `facts`
 GUESSED = 60  # tokens of each greedy answer that MTP's acceptance is counted over
 
 
@@ -108,6 +110,8 @@ def facts(config: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, st
         ("of that", ", ".join(f"{sort} {count / 1e6:.1f} M" for sort, count in tokens.items())),
         ("bits a character, stories never trained on",
          ", ".join(f"{kind} {bits:.2f}" for kind, bits in held.items())),
+        (f"{ECHO} random tokens, read for the second time", f"{figures['echo']:.2f} nats a token; "
+         f"{math.log(c['vocab_size']):.1f} by chance, 0 where all are copied"),
         ("MTP", f"{figures['acceptance']:.0%} of its guesses accepted, greedy answers to the prompts below"),
         ("licence", "weights CC-BY 4.0: trained on CC-BY children's stories from African Storybook and Pratham Books "
          "and on public-domain fiction"),
