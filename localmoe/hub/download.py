@@ -217,7 +217,7 @@ class _Pull:
 
     def survey(self) -> Survey:
         """What `run` would do, after `config`."""
-        config = self.config(cache.INDEX, TOKENIZER_CONFIG)
+        config = self.config(cache.INDEX, *(() if self._has(TOKENIZER) else (TOKENIZER_CONFIG,)))
         self._check_supported()
         weights = self._weights()
         files = [*(file for file in self._listing.files if not file.is_weights), *weights]
@@ -236,11 +236,13 @@ class _Pull:
         from localmoe.model.config import ModelConfig
 
         ModelConfig.from_dict(self._read_object(CONFIG))
-        names = {file.name for file in self._listing.files}
-        if TOKENIZER not in names:  # then there is a tiktoken.model
-            why = tiktoken.refusal(self._read_object(TOKENIZER_CONFIG) if TOKENIZER_CONFIG in names else {})
+        if not self._has(TOKENIZER):  # then there is a tiktoken.model
+            why = tiktoken.refusal(self._read_object(TOKENIZER_CONFIG) if self._has(TOKENIZER_CONFIG) else {})
             if why is not None:
                 raise UnsupportedModelError(f"{self._listing.repo} has no {TOKENIZER}: {why}")
+
+    def _has(self, name: str) -> bool:
+        return any(file.name == name for file in self._listing.files)
 
     def _read_object(self, name: str) -> dict[str, Any]:
         try:
