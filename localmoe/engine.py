@@ -28,7 +28,15 @@ from localmoe.session import CachedTokens
 from localmoe.session_file import restore, write
 from localmoe.sessions import Facts
 from localmoe.speculative import MOST_DRAFTS, Drafter, LookupDrafter, MtpDrafter
-from localmoe.text import THINKING_END, ChatTemplate, Message, ThinkingSplitter, Tokenizer, end_token_ids
+from localmoe.text import (
+    THINKING_END,
+    ChatTemplate,
+    Message,
+    ThinkingSplitter,
+    Tokenizer,
+    end_token_ids,
+    tokenizer_file,
+)
 from localmoe.text.files import read_json_object
 
 if TYPE_CHECKING:
@@ -345,7 +353,7 @@ class Engine:
 
     @property
     def _has_tokenizer(self) -> bool:
-        return (self.path / "tokenizer.json").is_file()
+        return tokenizer_file(self.path) is not None
 
     def _check_bias(self, logit_bias: Mapping[int, float]) -> None:
         for token_id in logit_bias:

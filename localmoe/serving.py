@@ -35,6 +35,13 @@ TRANSFORMERS = (
 )
 """What is to be said where that rule is broken (tests/quantize/test_interop.py tries it)."""
 
+TIKTOKEN = (
+    "The tokenizer here is a tiktoken.model. These engines read one with Python code that its makers ship beside it, "
+    "which these files are without: name the makers' repository as the tokenizer (vLLM: `--tokenizer OWNER/NAME "
+    "--trust-remote-code`)."
+)
+"""What is to be said of Moonshot's models (Moonlight, Kimi-K2)."""
+
 _VLLM = "vllm/model_executor/layers/quantization"
 _SGLANG = "sglang/srt/layers"
 _MARLIN = f"{_VLLM}/utils/marlin_utils.py"

@@ -59,7 +59,7 @@ def measure(
     try:
         tokenizer = Tokenizer.from_directory(tokens_from)
     except CheckpointError:
-        return None, "the source has no usable tokenizer.json"
+        return None, "the source has no usable tokenizer"
     models = [output, source] if isinstance(source, Checkpoint) else [output]
     try:
         for checkpoint in models:

@@ -52,8 +52,8 @@ CONVERTED = "converted"
 
 CARRIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
-    "LICENSE", "LICENSE.txt", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE",
+    "merges.txt", "tokenizer.model", "tiktoken.model", "generation_config.json", "chat_template.jinja",
+    "chat_template.json", "LICENSE", "LICENSE.txt", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE",
 )  # fmt: skip
 """Small files that come along unchanged, by name: nothing that could be code."""
 

@@ -272,7 +272,8 @@ def _support(resolved: Resolved) -> tuple[EngineSupport, ...]:
 def serving_text(resolved: Resolved) -> str:
     """Which engines load the model, on how many GPUs, and the commands to type."""
     from localmoe.cli.opening import label
-    from localmoe.serving import PLAIN_EMBEDDING, TRANSFORMERS
+    from localmoe.serving import PLAIN_EMBEDDING, TIKTOKEN, TRANSFORMERS
+    from localmoe.text import tiktoken, tokenizer_file
 
     lines, engines = [label(resolved)], _support(resolved)
     for found in engines:
@@ -286,6 +287,9 @@ def serving_text(resolved: Resolved) -> str:
             lines += [f"  {purpose}:", *(f"    {command}" for command in commands)]
     if any(problem.rule == PLAIN_EMBEDDING for found in engines for problem in found.problems):
         lines += ["", TRANSFORMERS]
+    tokenizer = tokenizer_file(resolved.path)
+    if tokenizer is not None and tokenizer.name == tiktoken.FILE:
+        lines += ["", TIKTOKEN]
     lines += ["", "Conditions read from the engines' sources (localmoe/serving.py), not tried here."]
     return "".join(f"{printable_line(line)}\n" for line in lines)
 

@@ -13,6 +13,7 @@ from localmoe.formats.safetensors import TensorInfo
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_RANKS = "tiktoken.model"
 
 
 def fingerprint(directory: Path, tensors: Iterable[TensorInfo]) -> str:
@@ -32,6 +33,8 @@ def fingerprint(directory: Path, tensors: Iterable[TensorInfo]) -> str:
         for name in _TEXTS:
             path = directory / name
             total.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
+        if (directory / _RANKS).is_file():  # only then, so that what was kept with other models stays theirs
+            total.update(hashlib.sha256((directory / _RANKS).read_bytes()).digest())
         for info in sorted(listed, key=lambda info: info.name):
             total.update(f"{info.name}\0{info.dtype}\0{info.shape}\0{info.file.name}\0{info.offset}\n".encode())
         for path in sorted({info.file for info in listed}):

@@ -17,8 +17,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from localmoe.errors import HubError, ModelNotFoundError, StorageError, UsageError, VerificationError
+from localmoe.errors import (
+    HubError,
+    ModelNotFoundError,
+    StorageError,
+    UnsupportedModelError,
+    UsageError,
+    VerificationError,
+)
 from localmoe.hub import cache, partial
 from localmoe.hub.cache import OnProgress
 from localmoe.hub.listing import Listing, RemoteFile, ask_hub, check_revision, hub_errors
@@ -26,9 +34,11 @@ from localmoe.hub.meter import Meter, StoppedError
 from localmoe.hub.names import ModelRef, printable, refuse_unsupported, repo_of
 from localmoe.hub.reports import PulledFile, PullReport, State, Survey
 from localmoe.hub.verify import demo_directory, verify_source
+from localmoe.text import tiktoken
 
 WORKERS = 4
 CONFIG = "config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 OnArrival = Callable[[str], None]
 
@@ -207,7 +217,7 @@ class _Pull:
 
     def survey(self) -> Survey:
         """What `run` would do, after `config`."""
-        config = self.config(cache.INDEX)
+        config = self.config(cache.INDEX, *(() if self._has(TOKENIZER) else (TOKENIZER_CONFIG,)))
         self._check_supported()
         weights = self._weights()
         files = [*(file for file in self._listing.files if not file.is_weights), *weights]
@@ -221,16 +231,27 @@ class _Pull:
         )
 
     def _check_supported(self) -> None:
-        """Refuse an architecture we do not run before its weights are fetched. Raises UnsupportedModelError."""
+        """Refuse an architecture or a tokenizer we do not run before the weights are fetched, by
+        UnsupportedModelError."""
         from localmoe.model.config import ModelConfig
 
+        ModelConfig.from_dict(self._read_object(CONFIG))
+        if not self._has(TOKENIZER):  # then there is a tiktoken.model
+            why = tiktoken.refusal(self._read_object(TOKENIZER_CONFIG) if self._has(TOKENIZER_CONFIG) else {})
+            if why is not None:
+                raise UnsupportedModelError(f"{self._listing.repo} has no {TOKENIZER}: {why}")
+
+    def _has(self, name: str) -> bool:
+        return any(file.name == name for file in self._listing.files)
+
+    def _read_object(self, name: str) -> dict[str, Any]:
         try:
-            config = json.loads((self._snapshot / "config.json").read_bytes())
+            value = json.loads((self._snapshot / name).read_bytes())
         except (ValueError, RecursionError) as error:
-            raise HubError(f"config.json of {self._listing.repo} is not JSON: {printable(error)}") from error
-        if not isinstance(config, dict):
-            raise HubError(f"config.json of {self._listing.repo} is not a JSON object")
-        ModelConfig.from_dict(config)
+            raise HubError(f"{name} of {self._listing.repo} is not JSON: {printable(error)}") from error
+        if not isinstance(value, dict):
+            raise HubError(f"{name} of {self._listing.repo} is not a JSON object")
+        return value
 
     def _weights(self) -> list[RemoteFile]:
         """The shards that the index names, or the single file; other safetensors are other formats' copies."""

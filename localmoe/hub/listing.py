@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from localmoe.errors import HubError, StorageError, UnsupportedModelError, UsageError
 from localmoe.hub.cache import INDEX, is_digest
 from localmoe.hub.names import is_file_name, printable, registry
+from localmoe.text.tiktoken import FILE as RANKS
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -26,6 +27,7 @@ ALLOWED = (
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
+    RANKS,
     "chat_template*",
     "special_tokens_map.json",
     "*.safetensors",
@@ -83,7 +85,7 @@ def ask_hub(repo: str, revision: str) -> Listing:
     files = [_remote_file(repo, sibling) for sibling in info.siblings or [] if _is_wanted(repo, sibling.rfilename)]
     files.sort(key=lambda file: (file.is_weights, file.name != "config.json", file.name))
     listing = Listing(repo, revision, commit, tuple(files))
-    _check_usable(listing, [sibling.rfilename for sibling in info.siblings or []])
+    _check_usable(listing)
     return listing
 
 
@@ -108,7 +110,7 @@ def _remote_file(repo: str, sibling: RepoSibling) -> RemoteFile:
     return RemoteFile(sibling.rfilename, size, digest)
 
 
-def _check_usable(listing: Listing, all_names: list[str]) -> None:
+def _check_usable(listing: Listing) -> None:
     """Refuse before the download what could not be used after it."""
     names = {file.name for file in listing.files}
     repo = listing.repo
@@ -116,9 +118,8 @@ def _check_usable(listing: Listing, all_names: list[str]) -> None:
         raise HubError(f"{repo} has no config.json: it is not a Transformers checkpoint")
     if not any(file.is_weights for file in listing.files):
         raise HubError(f"{repo} has no safetensors files; localmoe reads no other format (never pickles)")
-    if "tokenizer.json" not in names:
-        held = " (it has tiktoken.model)" if "tiktoken.model" in all_names else ""
-        raise UnsupportedModelError(f"{repo} has no tokenizer.json{held}, and localmoe does not convert others")
+    if "tokenizer.json" not in names and RANKS not in names:
+        raise UnsupportedModelError(f"{repo} has no tokenizer.json and no {RANKS}; localmoe reads no other tokenizer")
 
 
 @contextmanager

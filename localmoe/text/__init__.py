@@ -2,7 +2,7 @@
 
 from localmoe.text.template import ChatTemplate, Message
 from localmoe.text.thinking import THINKING_END, Segment, ThinkingSplitter, overlap
-from localmoe.text.tokenizer import StreamingDetokenizer, Tokenizer, end_token_ids
+from localmoe.text.tokenizer import StreamingDetokenizer, Tokenizer, end_token_ids, tokenizer_file
 
 __all__ = [
     "THINKING_END",
@@ -14,4 +14,5 @@ __all__ = [
     "Tokenizer",
     "end_token_ids",
     "overlap",
+    "tokenizer_file",
 ]

@@ -1,4 +1,4 @@
-"""Text to token ids and back, through the checkpoint's own `tokenizer.json`.
+"""Text to token ids and back, through the checkpoint's own `tokenizer.json` (or `tiktoken.model`, see tiktoken.py).
 
 `decode` keeps control tokens visible. An answer's text (`stream`) is without those marked "special", except `<think>`
 and `</think>`: some checkpoints mark them and others don't, and what a model said should not depend on it. Encoding
@@ -7,13 +7,13 @@ decides by who wrote the text (`encode`'s `control`).
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmoe.errors import CheckpointError
+from localmoe.text import tiktoken
 from localmoe.text.files import read_json_object
 from localmoe.text.thinking import THINKING_TAGS
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import tokenizers
 
+FILE = "tokenizer.json"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
@@ -46,15 +47,7 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
         """Read a checkpoint's tokenizer. Raises CheckpointError naming the file that is missing or damaged."""
-        path = directory / "tokenizer.json"
-        try:
-            definition = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: no such file; text needs the checkpoint's tokenizer.json (token ids work without it)"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        path, definition = _read_definition(directory)
         config = read_json_object(directory / "tokenizer_config.json")
         add_bos = config.get("add_bos_token")
         if add_bos is not None and not isinstance(add_bos, bool):
@@ -115,9 +108,12 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same tokenizer knowing no added tokens: whatever a text spells stays a text."""
-        definition: dict[str, Any] = json.loads(self.definition)
-        definition["added_tokens"] = []
-        return _build(json.dumps(definition))
+        import tokenizers
+
+        plain = tokenizers.Tokenizer(self._rust.model)  # shares the model: nothing is parsed again
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            setattr(plain, part, getattr(self._rust, part))
+        return plain
 
     def _respell(self, ids: list[int]) -> list[int]:
         """Where the vocabulary itself merges plain text into a control token, spell that one in pieces."""
@@ -199,11 +195,33 @@ def end_token_ids(directory: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
+def tokenizer_file(directory: Path) -> Path | None:
+    """The file that a checkpoint's tokenizer is read from; None where there is none."""
+    found = (directory / name for name in (FILE, tiktoken.FILE))
+    return next((path for path in found if path.is_file()), None)
+
+
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token` and so on of a `tokenizer_config.json`: each a text, or an object around one."""
     contents = {name: config.get(name) for name in _SPECIAL_TOKENS}
     texts = {name: c.get("content") if isinstance(c, dict) else c for name, c in contents.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _read_definition(directory: Path) -> tuple[Path, str]:
+    """The text of a `tokenizer.json`, and the file that it is from or that it was made of. Raises CheckpointError."""
+    path = tokenizer_file(directory)
+    if path is None:
+        missing = directory / FILE
+        raise CheckpointError(
+            f"{missing}: no such file; text needs the checkpoint's tokenizer.json (token ids work without it)"
+        )
+    if path.name != FILE:
+        return path, tiktoken.definition(directory)
+    try:
+        return path, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def _build(definition: str) -> tokenizers.Tokenizer:

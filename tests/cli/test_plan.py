@@ -148,7 +148,8 @@ def test_a_bare_name_plans_the_artifact_that_is_here(invoke, home: Path) -> None
         (("/nowhere/at/all",), 1, "/nowhere/at/all is not a directory"),
     ],
 )
-def test_refusals(invoke, arguments: tuple[str, ...], status: int, said: str) -> None:
+def test_refusals(invoke, refused_model: str, arguments: tuple[str, ...], status: int, said: str) -> None:
+    assert refused_model == "kimi-k2-instruct"
     result = invoke("plan", *arguments)
     assert (result.status, result.out) == (status, "")
     assert result.err.startswith("localmoe: ")

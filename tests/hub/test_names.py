@@ -41,10 +41,7 @@ def test_the_models_known_by_name():
         if name != "demo":
             assert is_repo_id(model.repo)
             assert model.repo.rpartition("/")[2].lower() == name
-    assert {name for name, model in registry().items() if model.refused} == {
-        "moonlight-16b-a3b-instruct",
-        "kimi-k2-instruct",
-    }
+    assert not [name for name, model in registry().items() if model.refused]
 
 
 def test_sampling_that_the_makers_advise():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from localmoe.errors import (
     UsageError,
     VerificationError,
 )
-from localmoe.hub import ModelRef, Progress, PullReport, cache, partial, pull, verify_source
+from localmoe.hub import ModelRef, Progress, PullReport, cache, partial, pull, survey, verify_source
 
 REPO = "maker/Tiny-MoE"
 COMMIT = "a" * 40
@@ -280,11 +281,45 @@ def test_an_architecture_we_do_not_run_is_refused_before_its_weights(hub):
     assert not set(hub.fetched()) & set(SHARDS)
 
 
-def test_a_tiktoken_repository_is_refused_before_anything(hub):
-    hub.files["tiktoken.model"] = hub.files.pop("tokenizer.json")
-    with pytest.raises(UnsupportedModelError, match=r"no tokenizer\.json \(it has tiktoken\.model\)"):
+def test_a_repository_without_a_tokenizer_is_refused_before_anything(hub):
+    del hub.files["tokenizer.json"]
+    with pytest.raises(UnsupportedModelError, match=r"no tokenizer\.json and no tiktoken\.model"):
         pull_repo()
     assert hub.fetched() == {}
+
+
+def with_tiktoken(hub, config: object) -> None:
+    hub.files["tiktoken.model"] = hub.files.pop("tokenizer.json")
+    if config is not None:
+        hub.files["tokenizer_config.json"] = json.dumps(config).encode()
+
+
+@pytest.mark.parametrize("module", ["tokenization_moonshot", "maker/Other--tokenization_kimi"])
+def test_a_tiktoken_repository_is_pulled_without_its_code(hub, module):
+    with_tiktoken(hub, {"auto_map": {"AutoTokenizer": [f"{module}.TikTokenTokenizer", None]}})
+    hub.files["tokenization_moonshot.py"] = b"raise SystemExit"
+    assert survey(ModelRef(REPO, None, None)).repo == REPO
+    report = pull_repo()
+    assert {"tiktoken.model", "tokenizer_config.json"} < set(states(report))
+    assert not list(report.path.glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer\x1b", None]}}, r"'tokenization_qwen.*\\x1b'"),
+        ({"tokenizer_class": "TikTokenTokenizer"}, "no class"),
+        (None, "no class"),
+        ([1], "not a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("ask", [pull, survey], ids=["pull", "survey"])
+def test_an_unknown_tiktoken_class_is_refused_by_name_before_the_weights(hub, config, named, ask):
+    with_tiktoken(hub, config)
+    with pytest.raises((UnsupportedModelError, HubError), match=named) as caught:
+        ask(ModelRef(REPO, None, None))
+    assert str(caught.value).isprintable()
+    assert not set(hub.fetched()) & set(SHARDS)
 
 
 def test_errors_of_the_hub_are_one_line_each(hub, monkeypatch):
@@ -374,14 +409,13 @@ def test_an_interrupted_pull_ends_at_once_and_is_resumed(hub):
     assert (report.path / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
 
 
-def test_pull_takes_sources_only(hub, tmp_path):
+def test_pull_takes_sources_only(hub, tmp_path, refused_model):
     with pytest.raises(UsageError, match="not recipes"):
         pull(ModelRef("demo", "compact", None))
     with pytest.raises(UsageError, match="is a directory"):
         pull(ModelRef("x", None, tmp_path))
-    for name in ("moonlight-16b-a3b-instruct", "kimi-k2-instruct"):
-        with pytest.raises(UnsupportedModelError, match=rf"{name} is not supported: .*tiktoken"):
-            pull(ModelRef(name, None, None))
+    with pytest.raises(UnsupportedModelError, match=f"{refused_model} is not supported: .*secret"):
+        pull(ModelRef(refused_model, None, None))
     assert hub.requests == []
 
 

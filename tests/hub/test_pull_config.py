@@ -48,10 +48,10 @@ def test_offline_says_what_is_missing(hub, monkeypatch):
         pull_config(REF)
 
 
-def test_the_demo_and_what_is_refused_ask_nobody(hub):
+def test_the_demo_and_what_is_refused_ask_nobody(hub, refused_model):
     assert pull_config(ModelRef("demo", None, None)) == demo_directory() / "config.json"
-    with pytest.raises(UnsupportedModelError, match="tokenizer"):
-        pull_config(ModelRef("kimi-k2-instruct", None, None))
+    with pytest.raises(UnsupportedModelError, match="secret"):
+        pull_config(ModelRef(refused_model, None, None))
     with pytest.raises(ModelNotFoundError, match="not a repository"):
         pull_config(ModelRef("my-own-name", None, None))
     assert hub.fetched() == {}

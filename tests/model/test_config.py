@@ -44,6 +44,14 @@ KIMI = {
     "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 4096, "type": "yarn"},
 }  # fmt: skip
+MOONLIGHT = {
+    **V3, "aux_loss_alpha": 0.001, "bos_token_id": 163584, "eos_token_id": 163586, "first_k_dense_replace": 1,
+    "hidden_size": 2048, "intermediate_size": 11264, "max_position_embeddings": 8192, "moe_intermediate_size": 1408,
+    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6,
+    "num_hidden_layers": 27, "num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": None,
+    "rms_norm_eps": 1e-05, "rope_theta": 50000.0, "rope_scaling": None, "routed_scaling_factor": 2.446,
+    "topk_group": 1, "vocab_size": 163840, "quantization_config": None,
+}  # fmt: skip
 GLM_FLASH = {
     "architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "pad_token_id": 154820, "eos_token_id": [154820, 154827, 154829], "hidden_act": "silu", "hidden_size": 2048,
@@ -61,7 +69,9 @@ GLM_FLASH = {
 def test_published_configs_are_read() -> None:
     lite, v3 = ModelConfig.from_dict(V2_LITE), ModelConfig.from_dict(V3)
     kimi, glm = ModelConfig.from_dict(KIMI), ModelConfig.from_dict(GLM_FLASH)
-    assert [config.latent_width for config in (lite, v3, kimi, glm)] == [576] * 4
+    moonlight = ModelConfig.from_dict(MOONLIGHT)
+    assert [config.latent_width for config in (lite, v3, kimi, glm, moonlight)] == [576] * 5
+    assert (moonlight.q_lora_rank, moonlight.yarn, moonlight.n_group, moonlight.vocab_size) == (None, None, 1, 163840)
     assert (lite.q_lora_rank, lite.topk_method, lite.scoring_func) == (None, "greedy", "softmax")
     assert lite.yarn == Yarn(40.0, 4096, 32.0, 1.0, 0.707, 0.707)
     assert (v3.n_group, v3.topk_group, v3.num_nextn_predict_layers, v3.qk_head_dim) == (8, 4, 1, 192)
@@ -78,7 +88,9 @@ def test_the_demo_config_is_read() -> None:
     assert (demo.yarn.factor, demo.max_position_embeddings) == (4, 4096)
 
 
-@pytest.mark.parametrize("config", [V2_LITE, V3, KIMI, GLM_FLASH], ids=["v2", "v3", "kimi", "glm"])
+@pytest.mark.parametrize(
+    "config", [V2_LITE, V3, KIMI, GLM_FLASH, MOONLIGHT], ids=["v2", "v3", "kimi", "glm", "moonlight"]
+)
 def test_both_spellings_mean_the_same(config: dict[str, Any]) -> None:
     new = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling", "rope_type")}
     scaling = dict(config["rope_scaling"] or {"type": "default"})
