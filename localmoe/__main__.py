@@ -2,6 +2,6 @@
 
 import sys
 
-from localmoe.cli.app import main
+from localmoe.cli.start import main
 
 sys.exit(main())

@@ -80,3 +80,13 @@ def test_another_thread_is_left_alone() -> None:
     thread.start()
     thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("module", ["typer", "difflib"])
+def test_ctrl_c_while_the_command_line_is_imported(tmp_path: Path, module: str) -> None:
+    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from localmoe.cli.start import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "localmoe: interrupted\n")
