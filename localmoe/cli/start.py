@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 
 def main() -> int:
     """Run the program on the process's arguments; returns the exit status."""
     try:
         from localmoe.cli.app import main as run
     except KeyboardInterrupt:
-        sys.stderr.write("localmoe: interrupted\n")
+        from localmoe.cli import streams
+
+        streams.tell("localmoe: interrupted")
         return 130
     return run()
