@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from localmoe.errors import ModelNotFoundError, StorageError, UsageError
 from localmoe.formats.journal import JOURNAL_NAME
+from localmoe.formats.manifest import CONVERTED
 from localmoe.hub import cache
 from localmoe.hub.names import (
     ModelRef,
@@ -49,8 +50,6 @@ __all__ = [
 ]
 
 RECIPES: tuple[str, ...] = ("balanced", "experts-only", "local", "compact", "smallest", "int8", "nf4")
-CONVERTED = "converted"
-"""What stands for a recipe where others packed the source."""
 ARTIFACTS = (*RECIPES, CONVERTED)
 """What an artifact can be: of a recipe, or what others packed in our layout."""
 ENDINGS = (*ARTIFACTS, "source")

@@ -20,6 +20,7 @@ from localmoe.errors import CheckpointError, UsageError
 from localmoe.formats.checkpoint import INDEX_NAME, Checkpoint, ReadingCheckpoint
 from localmoe.formats.journal import JOURNAL_NAME
 from localmoe.formats.manifest import (
+    CONVERTED,
     FORMAT,
     MANIFEST_NAME,
     FileRecord,
@@ -47,8 +48,6 @@ from quantize.sources import SourceReader, open_source
 from quantize.stream import Conversion, stream
 
 MEASURE = Gate()
-CONVERTED = "converted"
-"""The recipe of an output whose numbers are those of a source that others packed."""
 
 CARRIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

@@ -99,15 +99,33 @@ def matrix(*size: int, zero: bool = False) -> nn.Parameter:
     return nn.Parameter(torch.zeros(size) if zero else torch.randn(size) * 0.5 * size[-1] ** -0.5)
 
 
+class Looking:
+    """How well heads attend to `places`, bool [B, L, L] by token: what they give the rest, in nats."""
+
+    def __init__(self, places: Tensor) -> None:
+        self._some = places.any(-1)
+        self._right = places[self._some]  # [R, L]
+        self._future = torch.ones_like(places[0]).triu(1)
+        self._losses: list[Tensor] = []
+
+    def add(self, scores: Tensor) -> None:
+        """Of one head, before the softmax, [B, L, L]; the mean over tokens that have a place, 0 where none has."""
+        scores = scores.masked_fill(self._future, -torch.inf)[self._some]  # [R, L]
+        missed = scores.logsumexp(-1) - scores.masked_fill(~self._right, -torch.inf).logsumexp(-1)
+        self._losses.append(missed.sum() / max(len(missed), 1))
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over the heads."""
+        return torch.stack(self._losses).mean()
+
+
 class Attention(nn.Module):
     """Multi-head latent attention, unabsorbed."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape, s = shape, shape
-        self.copies: Tensor | None = None
-        """[B, L, L]: where the first head should look; then its loss is in `copy_loss`."""
-        self.copy_loss: Tensor | None = None
         self.q_a_proj = matrix(s.q_lora_rank, s.hidden_size)
         self.q_a_layernorm = Norm(s.q_lora_rank, s.rms_norm_eps)
         self.q_b_proj = matrix(s.num_attention_heads * (s.qk_nope_head_dim + s.qk_rope_head_dim), s.q_lora_rank)
@@ -116,7 +134,8 @@ class Attention(nn.Module):
         self.kv_b_proj = matrix(s.num_attention_heads * (s.qk_nope_head_dim + s.v_head_dim), s.kv_lora_rank)
         self.o_proj = matrix(s.hidden_size, s.num_attention_heads * s.v_head_dim, zero=True)
 
-    def forward(self, x: Tensor, by: Rope) -> Tensor:
+    def forward(self, x: Tensor, by: Rope, looking: Looking | None = None) -> Tensor:
+        """`looking` is told where the first head looks."""
         s, (batch, length, _) = self.shape, x.shape
         heads = s.num_attention_heads
         q = F.linear(self.q_a_layernorm(F.linear(x, self.q_a_proj)), self.q_b_proj)
@@ -127,8 +146,8 @@ class Attention(nn.Module):
         kv = F.linear(self.kv_a_layernorm(latent), self.kv_b_proj).view(batch, length, heads, -1).transpose(1, 2)
         k_nope, v = kv.split([s.qk_nope_head_dim, s.v_head_dim], dim=-1)
         q, k = torch.cat((q_nope, rotate(q_pe, by)), dim=-1), torch.cat((k_nope, k_pe), dim=-1)
-        if self.copies is not None:
-            self.copy_loss = looking_loss(q[:, 0] @ k[:, 0].mT * by.score_scale, self.copies)
+        if looking is not None:
+            looking.add(q[:, 0] @ k[:, 0].mT * by.score_scale)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=by.score_scale)  # [B, H, L, v]
         return F.linear(out.transpose(1, 2).reshape(batch, length, -1), self.o_proj)
 
@@ -140,16 +159,6 @@ def copies(ids: Tensor, learned: Tensor, most: int = 6) -> Tensor:
     same = (following[:, :, None] == ids[:, None, :-1]).tril()  # [B, L, L]
     places = same.sum(-1)
     return same & ((places > 0) & (places <= most) & learned[:, 1:])[..., None]
-
-
-def looking_loss(scores: Tensor, places: Tensor) -> Tensor:
-    """Scores [B, L, L] of a head before the softmax -> mean nats of its attention on `places`, over tokens that have
-    some; 0 where none has."""
-    rows = places.any(-1)
-    future = torch.ones_like(places[0]).triu(1)
-    scores, right = scores.masked_fill(future, -torch.inf)[rows], places[rows]  # [R, L]
-    missed = scores.logsumexp(-1) - scores.masked_fill(~right, -torch.inf).logsumexp(-1)
-    return missed.sum() / max(len(missed), 1)
 
 
 class Mlp(nn.Module):
@@ -225,8 +234,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = Mlp(shape.hidden_size, shape.intermediate_size) if dense else Experts(shape)
 
-    def forward(self, x: Tensor, by: Rope) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), by)
+    def forward(self, x: Tensor, by: Rope, looking: Looking | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), by, looking)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -251,6 +260,8 @@ class Mtp(nn.Module):
 
 
 class Model(nn.Module):
+    COPYING = 2  # layers with a head that is told where to look
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
@@ -262,18 +273,20 @@ class Model(nn.Module):
         self.lm_head = nn.Parameter(torch.zeros(shape.vocab_size, shape.hidden_size))
         self.mtp = Mtp(shape)
 
-    def states(self, ids: Tensor, by: Rope) -> Tensor:
-        """ids [B, L] -> states [B, L, D] after the final norm."""
+    def states(self, ids: Tensor, by: Rope, looking: Looking | None = None) -> Tensor:
+        """ids [B, L] -> states [B, L, D] after the final norm. `looking` is told where a head of each of the last
+        `COPYING` layers looks."""
         x = F.embedding(ids, self.embed_tokens)
-        for layer in self.layers:
-            x = layer(x, by)
+        first = len(self.layers) - self.COPYING
+        for number, layer in enumerate(self.layers):
+            x = layer(x, by, looking if number >= first else None)
         return self.norm(x)
 
     def losses(self, ids: Tensor, by: Rope, *, mtp_share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """ids [B, L + 2] -> mean losses in nats of the next token, of the one after it by the MTP layer, and of where
         the heads that copy look.
 
-        Tokens given as `~id` are read, not learned (`demo_text.Mixture`: what a user says). The MTP layer sees the
+        Tokens given as `~id` are read, not learned (`demo_sequences.Mixture`: what a user says). The MTP layer sees the
         first `mtp_share` of the sequences: it learns enough from them, and costs a third.
 
         Small models are slow to find out that what stands in the context comes again (induction heads, Olsson et al.,
@@ -281,18 +294,13 @@ class Model(nn.Module):
         about. So one head of each of the last two layers is told where to look.
         """
         learned, ids = ids >= 0, torch.where(ids < 0, ~ids, ids)
-        copying = [layer.self_attn for layer in self.layers[-2:]]
-        for attention in copying:
-            attention.copies = copies(ids[:, :-1], learned[:, :-1])
-        states = self.states(ids[:, :-2], by)  # [B, L, D]
+        looking = Looking(copies(ids[:, :-1], learned[:, :-1]))
+        states = self.states(ids[:, :-2], by, looking)  # [B, L, D]
         main = HeadLoss.apply(states[learned[:, 1:-1]], self.lm_head, ids[:, 1:-1][learned[:, 1:-1]])
-        looking = torch.stack([attention.copy_loss for attention in copying]).mean()
-        for attention in copying:
-            attention.copies = attention.copy_loss = None
         few = max(round(len(ids) * mtp_share), 1)
         embedding = F.embedding(ids[:few, 1:-1], self.embed_tokens)
         guess, second = self.mtp(states[:few], embedding, by), learned[:few, 2:]
-        return main, HeadLoss.apply(guess[second], self.lm_head, ids[:few, 2:][second]), looking
+        return main, HeadLoss.apply(guess[second], self.lm_head, ids[:few, 2:][second]), looking.loss
 
     def experts(self) -> list[Experts]:
         return [module for module in self.modules() if isinstance(module, Experts)]

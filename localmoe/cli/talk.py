@@ -170,7 +170,7 @@ class Chat:
         if obey is not None:
             obey(argument)
             return
-        near = ELSEWHERE.get(command.lower()) or near_miss(command, [*self._commands, "/exit"])
+        near = near_miss(command, [*self._commands, "/exit"], ELSEWHERE)
         _say(f"no such command: {command}; " + (f"did you mean {near}?" if near else "/help lists them"))
 
     @property

@@ -5,18 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 DEVICES = ("auto", "cpu", "cuda")
 TIERS = ("auto", "reference", "portable", "avx2", "avxvnni", "avx512")
 CACHE_DTYPES = ("auto", "bf16", "int8", "float32")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
-_SYNONYMS = {"gpu": "cuda", "nvidia": "cuda"}  # nearer to another word by their letters
+_ELSEWHERE = {"gpu": "cuda", "nvidia": "cuda"}  # other programs' words, and ours
 _UNITS = {"B": 1} | {
     prefix + suffix: base ** (power + 1)
     for suffix, base in (("iB", 1024), ("B", 1000))
@@ -24,10 +25,12 @@ _UNITS = {"B": 1} | {
 }
 
 
-def near_miss(word: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `word` was most likely meant to be; None where nothing is near."""
+def near_miss(word: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """The one of `known` that `word` was most likely meant to be, by its letters or as it is called `elsewhere`; None
+    where nothing is near."""
     by_case = {each.lower(): each for each in known}
-    word = _SYNONYMS.get(word.lower(), word)
+    if elsewhere.get(word.lower()) in by_case.values():
+        return elsewhere[word.lower()]
     begun = [each for each in by_case if len(word) > 2 and each.startswith(word.lower())]
     begun += [each for each in by_case if len(each) > 3 and word.lower().startswith(each)]
     near = begun or difflib.get_close_matches(word.lower(), by_case, 1)
@@ -43,7 +46,7 @@ def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
 def check_choice(value: object, known: Sequence[str], where: str) -> None:
     """Raises UsageError when `value` is none of `known`; `where` says who set it."""
     if value not in known:
-        near = near_miss(str(value), known)
+        near = near_miss(str(value), known, _ELSEWHERE)
         raise UsageError(
             f"{where}: {value!r} is not one of {', '.join(known)}" + (f"; did you mean {near}?" if near else "")
         )

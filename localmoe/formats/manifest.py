@@ -19,6 +19,9 @@ MANIFEST_NAME = "localmoe.json"
 FORMAT = 1
 """Version of the manifest's and the artifact's layout; a reader refuses what it does not know."""
 
+CONVERTED = "converted"
+"""What stands for a recipe where others packed the source, whose numbers are kept."""
+
 _LARGEST = 256 * 2**20  # bytes; V3's, with 45,000 matrices, has about 4 MB
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,254}")

@@ -6,79 +6,19 @@ import dataclasses
 import importlib
 import json
 import lzma
-import random
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from demo_sizes import SCRIPTS, SMALL
 from torch import nn
 
 from localmoe.load import load
 from localmoe.model.kv_cache import LatentCache
-from localmoe.text.template import ChatTemplate
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-SMALL: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
-    "num_hidden_layers": 3, "num_attention_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 8, "n_group": 4, "num_experts_per_tok": 3,
-    "trained_context": 32, "context": 128,
-}  # fmt: skip
-WORDS = ["goat", "drum", "river", "king", "boat", "tree", "child", "bird", "stone", "song"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_path() -> Iterator[None]:
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
-
-
-@pytest.fixture(scope="module")
-def train(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("train_demo")
-
-
-@pytest.fixture(scope="module")
-def team() -> ModuleType:
-    return importlib.import_module("demo_team")
-
-
-@pytest.fixture(scope="module")
-def text() -> ModuleType:
-    return importlib.import_module("demo_text")
-
-
-@pytest.fixture(scope="module")
-def model() -> ModuleType:
-    return importlib.import_module("demo_model")
-
-
-@pytest.fixture(scope="module")
-def stories(text: ModuleType) -> list[Any]:
-    dice = random.Random(0)
-
-    def one(number: int) -> Any:
-        first, second = dice.sample(WORDS, 2)
-        parts = [
-            f"Once there was a {first} and a {second}. The {first} was old.",
-            f"The {second} said to the {first}: come to the {dice.choice(WORDS)}, number {number}.",
-            f"A {first} went home. The {second} was glad of it.",
-        ]
-        return text.Story(("simple", "fairy", "fiction")[number % 3], f"Story {number}", "\n\n".join(parts * 2))
-
-    return [one(number) for number in range(90)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(text: ModuleType, stories: list[Any]) -> Any:
-    return text.train_tokenizer(stories, SMALL["vocab_size"])
 
 
 def test_an_export_runs_as_it_was_trained(model: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
@@ -181,26 +121,11 @@ def test_muon_steps_by_matrices_with_singular_values_near_one(team: ModuleType) 
             torch.testing.assert_close((u @ v).mul(step).sum() / 16, torch.tensor(1.0), atol=0.3, rtol=0)
 
 
-def test_data_come_in_a_fixed_order_and_go_on_where_they_stopped(
-    text: ModuleType, stories: list[Any], tokenizer: Any
-) -> None:
-    shares = {"simple": 1.0, "fairy": 1.0, "fiction": 1.0, "chat": 2.0}
-    whole = text.Mixture(stories, tokenizer, 5)
-    batches = [whole.batch(3, 40, shares, step) for step in range(6)]
-    first = text.Mixture(stories, tokenizer, 5)
-    for step in range(3):
-        first.batch(3, 40, shares, step)
-    rest = text.Mixture(stories, tokenizer, 5)
-    rest.load(json.loads(json.dumps(first.state())))
-    assert all(rest.batch(3, 40, shares, step).equal(batches[step]) for step in range(3, 6))
-    assert not text.Mixture(stories, tokenizer, 6).batch(3, 40, shares, 0).equal(batches[0])
-
-
 def test_what_a_user_says_is_read_and_not_learned(
-    text: ModuleType, model: ModuleType, stories: list[Any], tokenizer: Any
+    sequences: ModuleType, text: ModuleType, model: ModuleType, stories: list[Any], tokenizer: Any
 ) -> None:
     """From <｜User｜> to <｜Assistant｜> tokens are `~id`; the losses are those of cross-entropy over the others."""
-    mixture = text.Mixture(stories, tokenizer, 5)
+    mixture = sequences.Mixture(stories, tokenizer, 5)
     ids = mixture.batch(2, 400, {"chat": 1.0}, 0)
     read = torch.where(ids < 0, ~ids, ids)
     user, assistant = (tokenizer.token_to_id(name) for name in (text.USER, text.ASSISTANT))
@@ -255,7 +180,9 @@ def test_the_heads_that_copy_are_told_where_to_look(model: ModuleType, stories: 
     assert len(nats) > 20
     means = [sum(column) / len(nats) for column in zip(*nats, strict=True)]
     assert float(looking.detach()) == pytest.approx(sum(means) / 2, rel=1e-4)
-    assert float(model.looking_loss(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool))) == 0.0
+    nothing = model.Looking(torch.zeros(1, 3, 3, dtype=torch.bool))
+    nothing.add(torch.zeros(1, 3, 3))
+    assert float(nothing.loss) == 0.0
 
 
 def heads(attention: Any, x: torch.Tensor, by: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,39 +197,11 @@ def heads(attention: Any, x: torch.Tensor, by: Any) -> tuple[torch.Tensor, torch
     return torch.cat((q[..., :nope], turned[0]), dim=-1), torch.cat((k, turned[1]), dim=-1)
 
 
-def test_noise_is_learned_when_it_comes_again(text: ModuleType, stories: list[Any], tokenizer: Any) -> None:
-    mixture = text.Mixture(stories, tokenizer, 5)
-    begin, (least, most) = tokenizer.token_to_id(text.BEGIN), text.Mixture.ECHO
-    for _ in range(30):
-        noise = list(mixture._document("echo"))
-        read = [~token for token in noise if token < 0]
-        assert least <= len(read) < most
-        assert noise[len(read) :] in (read, 2 * read)
-        assert min(read) >= len(text.SPECIAL)
-    found = mixture.sequence("echo", 500)
-    assert found.count(begin) > 2
-    assert mixture.tokens["echo"] == 500
-
-
-def test_a_recast_story_is_the_same_with_other_names(text: ModuleType) -> None:
-    story = "A goat met an owl. The goats sang; Goat was glad, and AN OWL too. Goatherds have owls, not a goat."
-    recast = text.Recast(story, ["a goat", "an owl"], ["apple"], random.Random(0))
-    assert recast(story).startswith(
-        "An apple met an owl. The apples sang; Apple was glad, and AN OWL too. Goatherds have"
-    )
-    assert recast.subject("a goat") == "an apple"
-    assert recast.subject("an owl") == "an owl"  # no name is left that is not there
-    boxes = text.Recast("an owl, owls", ["an owl"], ["box"], random.Random(0))
-    assert boxes("An owl, OWLS, the owl") == "A box, BOXES, the box"
-    same = text.Recast(story, [], ["apple"], random.Random(0))
-    assert same(story) == story
-
-
 def test_processes_take_the_step_that_one_takes(
-    team: ModuleType, model: ModuleType, stories: list[Any], tokenizer: Any, text: ModuleType
+    team: ModuleType, model: ModuleType, stories: list[Any], tokenizer: Any, sequences: ModuleType
 ) -> None:
     """Gradients, loads and weights after a step of Muon, to the rounding of a sum in another order."""
-    batch = text.Mixture(stories, tokenizer, 5).batch(6, 34, {"simple": 1.0, "chat": 1.0}, 0)
+    batch = sequences.Mixture(stories, tokenizer, 5).batch(6, 34, {"simple": 1.0, "chat": 1.0}, 0)
     found = []
     for processes in (1, 3):
         torch.manual_seed(0)
@@ -332,64 +231,6 @@ def test_processes_take_the_step_that_one_takes(
     for kept in (2, 3):
         for name, value in found[0][kept].items():
             torch.testing.assert_close(found[1][kept][name], value, rtol=2e-3, atol=2e-5, msg=name)
-
-
-def test_held_out_stories_are_never_read(text: ModuleType, stories: list[Any], tokenizer: Any) -> None:
-    hidden = [story for story in stories if story.held_out]
-    assert hidden
-    mixture = text.Mixture(stories, tokenizer, 0)
-    seen = {mixture._document("simple") for _ in range(40)} | {mixture._document("chat") for _ in range(200)}
-    numbers = [f"number {story.title.split()[1]}." for story in hidden]
-    assert not [number for number in numbers for document in seen if number in document]
-
-
-def test_conversations_are_what_the_template_writes(text: ModuleType, stories: list[Any]) -> None:
-    """A training conversation begins as the chat template renders its question; thinking is inside its tags."""
-    make = text.Conversations(stories)
-    dice = random.Random(3)
-    template = ChatTemplate(text.CHAT_TEMPLATE, special_tokens={"bos_token": text.BEGIN, "eos_token": text.END})
-    thought = 0
-    for _ in range(200):
-        story = dice.choice(stories)
-        made = make(story, dice)
-        asked, answer = made.removeprefix(text.USER).split(text.ASSISTANT, 1)
-        thinking = answer.startswith(text.THINK)
-        thought += thinking
-        rendered = template.render([{"role": "user", "content": asked}], thinking=thinking)
-        assert (text.BEGIN + made).startswith(rendered)
-        assert made.endswith(text.END)
-        assert not thinking or answer.index(f"\n{text.THINK_END}\n\n") > 0
-    assert 10 < thought < 100
-    assert any(f"a {word}" in make._subjects(stories[0].text, 3) for word in WORDS)
-
-
-def test_an_answer_is_about_what_was_asked_and_long_enough(text: ModuleType) -> None:
-    """Its subjects are named at least twice; only a title is short; a picture book's pages are read as paragraphs."""
-    dice = random.Random(1)
-    pages = ["The goat ran to a river.", "There was a drum.", "A goat and a drum, oh", "The drum was loud."] * 30
-    told = [text.Story("simple", "The goat", "\n\n".join(pages[: dice.randrange(2, 90)])) for _ in range(30)]
-    long = "\n\n".join(f"Then he saw a {dice.choice(WORDS)}. The {dice.choice(WORDS)} fell, number {n}. " * 3
-                       + "\n\n" + f"Far away a {(word := dice.choice(WORDS))} slept. The {word} was old. " * 4
-                       for n in range(40))  # fmt: skip
-    told.append(text.Story("fiction", "Long", long))
-    make = text.Conversations(told)
-    assert told[0].paragraphs != told[0].text.split("\n\n")
-    assert all(text.opens(part) == part.startswith("Far") for part in told[-1].paragraphs)
-    scenes = 0
-    for number in range(300):
-        made = make(told[-1] if number % 2 else dice.choice(told), dice)
-        for turn in made.split(text.USER)[1:]:
-            asked, answer = turn.removesuffix(text.END).split(text.ASSISTANT)
-            answer = answer.split(text.THINK_END)[1].strip()
-            if asked.endswith(text.Conversations.TITLE):
-                assert answer in {story.title for story in told}
-                continue
-            assert text.SHORT <= len(answer) <= 2 * text.LONG
-            scenes += asked.startswith(("Write about", "Write a scene"))
-            if "\n" not in asked and '"' not in asked:
-                for noun in re.findall(r"\ban? (?!short|story|scene)(\w+)", asked):
-                    assert len(re.findall(rf"\b{noun}\b", answer.lower())) > 1
-    assert scenes > 20
 
 
 def test_the_rate_goes_straight_from_stage_to_stage(train: ModuleType, stories: list[Any], tmp_path: Path) -> None:
