@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import localmoe
 from localmoe.cli.show import serving_text
@@ -18,6 +17,7 @@ from localmoe.load import load
 from localmoe.serving import TIKTOKEN
 from localmoe.store import resolve
 from quantize.pipeline import quantize
+from quantize.stream import one_thread_each
 
 DEMO = Path(localmoe.__file__).parent / "data" / "demo"
 CHAT = [{"role": "user", "content": "Don't say <|im_end|>, say 世界"}]
@@ -25,10 +25,8 @@ CHAT = [{"role": "user", "content": "Don't say <|im_end|>, say 世界"}]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread_each():
+        yield
 
 
 @pytest.fixture

@@ -35,10 +35,11 @@ from localmoe.hub.names import ModelRef, printable, refuse_unsupported, repo_of
 from localmoe.hub.reports import PulledFile, PullReport, State, Survey
 from localmoe.hub.verify import demo_directory, verify_source
 from localmoe.text import tiktoken
+from localmoe.text.tokenizer import FILE as TOKENIZER
 
 WORKERS = 4
 CONFIG = "config.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 OnArrival = Callable[[str], None]
 

@@ -19,6 +19,7 @@ from localmoe.errors import HubError, StorageError, UnsupportedModelError, Usage
 from localmoe.hub.cache import INDEX, is_digest
 from localmoe.hub.names import is_file_name, printable, registry
 from localmoe.text.tiktoken import FILE as RANKS
+from localmoe.text.tokenizer import FILE as TOKENIZER
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -118,8 +119,8 @@ def _check_usable(listing: Listing) -> None:
         raise HubError(f"{repo} has no config.json: it is not a Transformers checkpoint")
     if not any(file.is_weights for file in listing.files):
         raise HubError(f"{repo} has no safetensors files; localmoe reads no other format (never pickles)")
-    if "tokenizer.json" not in names and RANKS not in names:
-        raise UnsupportedModelError(f"{repo} has no tokenizer.json and no {RANKS}; localmoe reads no other tokenizer")
+    if TOKENIZER not in names and RANKS not in names:
+        raise UnsupportedModelError(f"{repo} has no {TOKENIZER} and no {RANKS}; localmoe reads no other tokenizer")
 
 
 @contextmanager
