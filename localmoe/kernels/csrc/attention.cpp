@@ -56,9 +56,9 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   query_.prepare(tier, layer.query, tokens, threads);
   latent_.prepare(tier, layer.latent, tokens, threads);
   output_.prepare(tier, layer.output, tokens, threads);
-  absorbing_.reset(tokens * layer.heads + 1, 1);
+  absorbing_.reset(layer.heads + 1, 1);  // all tokens of a head: its rows of the matrix are read once
   attending_.reset(tokens * chunks_ * head_blocks_, 1);
-  merging_.reset(tokens * layer.heads, 1);
+  merging_.reset(layer.heads, 1);
   const int64_t width = layer.rank + layer.rope, partials = tokens * chunks_ * layer.heads;
   grow(queries_, tokens * layer.query.out);
   grow(rows_, tokens * width);
@@ -169,16 +169,14 @@ void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLa
     float* scratch = scratch_[thread].data();
     project(tier, pool, layer, x, thread);
     absorbing_.take([&](int64_t item, int64_t) {
-      if (item == 0)
-        remember(ops, layer, cache, start, rotations);
-      else
-        absorb(ops, layer, (item - 1) / layer.heads, (item - 1) % layer.heads, rotations);
+      if (item == 0) return remember(ops, layer, cache, start, rotations);
+      for (int64_t t = 0; t < tokens; ++t) absorb(ops, layer, t, item - 1, rotations);
     });
     pool.barrier();
     attending_.take([&](int64_t item, int64_t) { attend(ops, layer, cache, start, item, thread); });
     pool.barrier();
-    merging_.take([&](int64_t item, int64_t) {
-      merge(ops, layer, start, item / layer.heads, item % layer.heads, scratch);
+    merging_.take([&](int64_t head, int64_t) {
+      for (int64_t t = 0; t < tokens; ++t) merge(ops, layer, start, t, head, scratch);
     });
     pool.barrier();
     output_.round(outputs_.data(), layer.output.in);

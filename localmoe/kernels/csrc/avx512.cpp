@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -16,6 +17,10 @@ constexpr int kLocality = 2;
 
 namespace localmoe {
 namespace {
+
+inline __m512 spread(__m128 scales, __m512i lanes) {
+  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales));
+}
 
 // What is left of a row at a block, as masks; a whole block needs none.
 template <bool kWhole>
@@ -45,11 +50,22 @@ struct Left {
     if constexpr (Group == 64) return _mm_shuffle_ps(stored, stored, _MM_SHUFFLE(1, 1, 0, 0));
     return _mm_shuffle_ps(stored, stored, 0);
   }
-};
 
-inline __m512 spread(__m128 scales, __m512i lanes) {
-  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales));
-}
+  // The same, each in the four lanes whose weights it scales.
+  template <Form F, int Group>
+  __m512 scales_in_lanes(const uint8_t* from) const {
+    if constexpr (kWhole && F == Form::kInt4 && Group == 32) {  // bf16 to float32 and into place by one shuffle
+      const __m512i places = _mm512_set_epi32(
+          0x706ffff, 0x706ffff, 0x706ffff, 0x706ffff, 0x504ffff, 0x504ffff, 0x504ffff, 0x504ffff,
+          0x302ffff, 0x302ffff, 0x302ffff, 0x302ffff, 0x100ffff, 0x100ffff, 0x100ffff, 0x100ffff);
+      int64_t stored;
+      std::memcpy(&stored, from, sizeof(stored));
+      return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi64(stored), places));
+    }
+    const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return spread(scales<F, Group>(from), lanes);
+  }
+};
 
 // NF4's codes through a table.
 inline __m512i looked_up(const Nf4Table& table, __m512i codes) {
@@ -67,13 +83,12 @@ inline __m512i dot_halves(__m512i dots, __m512i even, __m512i odd, const Block* 
 template <Form F, int Group, int T, bool kWhole>
 inline void four_bit_block(const uint8_t* from, const uint8_t* scales, Left<kWhole> left, Ahead ahead, const Block* x,
                            int64_t stride, __m512* sums) {
-  const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   const __m512i low_nibbles = _mm512_set1_epi8(15);
   ahead.weights(from);
   const __m512i packed = left.bytes(from, left.weights / 2);
   const __m512i low = _mm512_and_si512(packed, low_nibbles);
   const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
-  const __m128 row_scale = left.template scales<F, Group>(scales);
+  const __m512 row_scale = left.template scales_in_lanes<F, Group>(scales);
   for (int t = 0; t < T; ++t, x += stride) {
     __m512i dots = _mm512_load_si512(x->correction);
     if constexpr (F == Form::kInt4) {
@@ -84,7 +99,7 @@ inline void four_bit_block(const uint8_t* from, const uint8_t* scales, Left<kWho
       dots = dot_halves(dots, looked_up(kNf4Lower, high), looked_up(kNf4Lower, low), x);
       dots = _mm512_add_epi32(dots, _mm512_slli_epi32(upper, 7));
     }
-    const __m512 scale = spread(_mm_mul_ps(row_scale, _mm_load_ps(x->scale)), lanes);
+    const __m512 scale = _mm512_mul_ps(row_scale, _mm512_load_ps(x->spread));
     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sums[t]);
   }
 }

@@ -44,7 +44,7 @@ struct alignas(64) Block {
   int8_t q[kBlock];
   int32_t correction[kBlock / 4];
   float scale[kBlock / kQuantGroup];
-  alignas(32) float spread[kBlock / 8];  // 4-bit forms: the same, for each 32-bit lane of the products
+  alignas(64) float spread[kBlock / 8];  // 4-bit forms: the same, for each 32-bit lane of the products
 };
 
 // Two weights to a byte unpack to the even and then the odd ones of 64 bytes at once: so are their activations ordered.
