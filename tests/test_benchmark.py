@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from localmoe.benchmark import Benchmark, bytes_per_token
 from localmoe.cli.app import app
 from localmoe.cli.bench import _lines
+from localmoe.cli.plan import Foreseen
 from localmoe.model.config import ModelConfig
 
 CONFIG: dict[str, Any] = {
@@ -90,8 +91,10 @@ def test_what_comes_from_the_disk_is_said(disk: int | None, line: bool) -> None:
         None,
         {"experts": 450.0, "head": 50.0},
     )
+    plan = Foreseen(1.0, 2.0, ("nothing is measured yet",))
     uneven = "500.00 ms on average, 250.00 the median: something held up some tokens"
-    assert uneven in _lines("model", result, 1.0, 2.0)
-    assert uneven not in _lines("model", replace(result, decode_tokens_per_second=2.0), 1.0, 2.0)
+    assert uneven in _lines("model", result, plan)
+    assert uneven not in _lines("model", replace(result, decode_tokens_per_second=2.0), plan)
     said = "0.25 GB a token from the disk, at 0.50 GB/s; 2.00 tokens/s on average"
-    assert (said in _lines("model", result, 1.0, 2.0)) == line
+    assert (said in _lines("model", result, plan)) == line
+    assert "\n          nothing is measured yet\n" in _lines("model", result, plan)

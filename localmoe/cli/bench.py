@@ -11,7 +11,7 @@ import typer
 from localmoe.cli import opening, options, plot, speed, streams, units
 from localmoe.cli.opening import label, locate
 from localmoe.cli.option_groups import MachineOptions, grouped
-from localmoe.cli.plan import foreseen
+from localmoe.cli.plan import Foreseen, foreseen
 from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
@@ -90,15 +90,15 @@ def bench(
         charts = None if plot_to is None else plot.measure(resolved, machine, work.context)
     finally:
         streams.passing_remark("")
-    first, then = foreseen(resolved.path / "config.json", machine, work.prompt, work.context + work.count // 2)
-    predicted = {"prefill_tokens_per_second": first, "decode_tokens_per_second": then}
+    plan = foreseen(resolved.path / "config.json", machine, work.prompt, work.context + work.count // 2)
     why = {"speed": speed.of_benchmark(opened[0], result)} if explain_speed else {}
     drawn = _drawn(charts, label(resolved), result, plot_to)
     if as_json:
+        predicted = {"prefill_tokens_per_second": plan.prefill, "decode_tokens_per_second": plan.decode}
         explained = {key: speed.as_json(value) for key, value in why.items()}
         streams.write_json({"model": label(resolved), **asdict(result), "predicted": predicted, **explained, **drawn})
         return
-    streams.write(_lines(label(resolved), result, first, then))
+    streams.write(_lines(label(resolved), result, plan))
     if plot_to is not None:
         streams.write(f"drawn in {printable_line(plot_to)}\n")
     for value in why.values():
@@ -114,16 +114,17 @@ def _drawn(charts: plot.Charts | None, name: str, result: Benchmark, to: Path | 
     return charts.as_json(to)
 
 
-def _lines(name: str, result: Benchmark, first: float, then: float) -> str:
+def _lines(name: str, result: Benchmark, plan: Foreseen) -> str:
     lines = [
         f"{name}, {result.kernels} kernels, {units.counted(result.threads, 'thread')}",
         f"open      {result.open_seconds:.2f} s; to the first token of a 16-token prompt "
         f"{result.first_token_seconds:.2f} s",
         f"prefill   {result.prefill_tokens_per_second:.1f} tokens/s, {result.prompt_tokens} tokens; plan foresees "
-        f"{first:.1f}",
+        f"{plan.prefill:.1f}",
         f"decode    {result.decode_tokens_per_second:.1f} tokens/s, {result.completion_tokens} tokens after "
-        f"{result.context}; plan foresees {then:.1f}",
+        f"{result.context}; plan foresees {plan.decode:.1f}",
     ]
+    lines += [f"          {note}" for note in plan.notes]
     if result.bandwidth_fraction is not None and result.read_bandwidth_bytes_per_second is not None:
         lines.append(
             f"          {result.bytes_per_token / 1e9:.2f} GB a token: {result.bandwidth_fraction:.0%} of the "

@@ -97,9 +97,18 @@ def forecast(config: Path, recipe: str | None, wanted: options.Machine) -> tuple
     return subject, machine, make_plan(subject, machine, budgets), made
 
 
-def foreseen(config: Path, wanted: options.Machine, prompt: int, held: int) -> tuple[float, float]:
-    """(prefill of `prompt` tokens, decode with `held` tokens in the cache) in tokens/s, of files that are here. Raises
-    as `forecast` does."""
+@dataclass(frozen=True)
+class Foreseen:
+    """Tokens/s that plan reckons, and what there is to say of how sure it is."""
+
+    prefill: float
+    decode: float
+    notes: tuple[str, ...]
+
+
+def foreseen(config: Path, wanted: options.Machine, prompt: int, held: int) -> Foreseen:
+    """Of files that are here: a prefill of `prompt` tokens, and decode with `held` in the cache. Raises as `forecast`
+    does."""
     from localmoe.offload.plan import place
     from localmoe.offload.predict import decode, prefill
 
@@ -108,7 +117,8 @@ def foreseen(config: Path, wanted: options.Machine, prompt: int, held: int) -> t
     if plan.budgets.vram is not None:  # a card's experts make room for the cache as it grows
         before, after = (place(subject, plan.budgets, tokens) for tokens in (prompt, held))
     first = prefill(subject, machine, before.layers, before.head_on_gpu, prompt).tokens_per_second
-    return first, decode(subject, machine, after.layers, after.head_on_gpu, held).tokens_per_second
+    then = decode(subject, machine, after.layers, after.head_on_gpu, held).tokens_per_second
+    return Foreseen(first, then, machine.notes)
 
 
 def _find(model: str, flag: str | None) -> _Target:
