@@ -10,6 +10,7 @@ namespace localmoe {
 namespace {
 // On their way to the first cache, lines 4 KiB ahead would hold its few buffers: 4 % slower from memory.
 constexpr int kLocality = 2;
+constexpr int64_t kFar = 6144, kAgain = 3072;
 }  // namespace
 }  // namespace localmoe
 
