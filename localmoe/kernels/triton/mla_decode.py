@@ -18,6 +18,7 @@ from localmoe.kernels.triton.launch import Launch
 from localmoe.kernels.triton.weights import triton_dtype
 
 _HEADS = 16  # that share a latent row once it is loaded: the least a tensor core multiplies
+_MERGED = 128  # of the rank, by a program that merges shares
 
 
 @triton.jit
@@ -86,25 +87,31 @@ def decode_kernel(
 def merge_kernel(
     partial, largest, sums, start, out, heads,
     RANK: tl.constexpr, SPLITS: tl.constexpr, OCTETS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (row, head). Shares are added in the context's order."""
+    """Programs: (row, head, part of the rank). Shares are added `BLOCK_M` at a time: one after the other, each would
+    wait for its own loads."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * heads + tl.program_id(1)
     length = tl.load(start) + token + 1
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
-    at = tl.arange(0, BLOCK_R)
+    shares = tl.cdiv(length, share)
+    every = tl.arange(0, BLOCK_N)
+    own = tl.load(largest + row * SPLITS + every, mask=every < shares, other=-float("inf"))
+    top = tl.max(own, axis=0)
+    total = tl.sum(tl.load(sums + row * SPLITS + every, mask=every < shares, other=0.0) * tl.exp(own - top), axis=0)
+    at = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = at < RANK
-    top = tl.load(largest + row * SPLITS)
-    total = tl.load(sums + row * SPLITS)
-    mixed = tl.load(partial + row * SPLITS * RANK + at, mask=inside, other=0.0)
-    for split in range(1, tl.cdiv(length, share)):
-        place = row * SPLITS + split
-        own = tl.load(largest + place)
-        higher = tl.maximum(top, own)
-        shrink, grow = tl.exp(top - higher), tl.exp(own - higher)
-        mixed = mixed * shrink + tl.load(partial + place * RANK + at, mask=inside, other=0.0) * grow
-        total = total * shrink + tl.load(sums + place) * grow
-        top = higher
+    mixed = tl.zeros((BLOCK_R,), tl.float32)
+    for first in range(0, shares, BLOCK_M):
+        some = first + tl.arange(0, BLOCK_M)
+        there = some < shares
+        grow = tl.exp(tl.load(largest + row * SPLITS + some, mask=there, other=-float("inf")) - top)
+        place = row * SPLITS + some
+        latent = tl.load(
+            partial + place[:, None] * RANK + at[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
+        mixed += tl.sum(latent * grow[:, None], axis=0)
     place = (at % 8) * (RANK // 8) + at // 8 if OCTETS else at
     tl.store(out + row * RANK + place, mixed / total, mask=inside)
 
@@ -165,8 +172,10 @@ def attend(
         BLOCK_R=block_r, BLOCK_P=max(16, triton.next_power_of_2(rope)), DOT=triton_dtype(launch.dot),
         num_warps=launch.decode_warps, num_stages=launch.decode_stages,
     )  # fmt: skip
-    merge_kernel[(tokens, heads)](
+    block_r = min(_MERGED, block_r)
+    merge_kernel[(tokens, heads, triton.cdiv(rank, block_r))](
         workspace.partial, workspace.largest, workspace.sums, start, out, heads,
-        RANK=rank, SPLITS=splits, OCTETS=octets, BLOCK_S=launch.decode_keys, BLOCK_R=block_r, num_warps=4,
+        RANK=rank, SPLITS=splits, OCTETS=octets, BLOCK_S=launch.decode_keys, BLOCK_R=block_r,
+        BLOCK_N=triton.next_power_of_2(splits), BLOCK_M=min(32, triton.next_power_of_2(splits)), num_warps=4,
     )  # fmt: skip
     return out

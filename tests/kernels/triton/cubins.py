@@ -73,7 +73,8 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
         "SCALE": True, "COUNTED": True, "BLOCK": 256, "TOP_BLOCK": 8,
     }  # fmt: skip
     store = {"RANK": 512, "NOPE": 128, "ROPE": 64, "BLOCK_R": 512, "BLOCK_P": 32}
-    merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 512}
+    merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 128}
+    merge |= {"BLOCK_N": 128, "BLOCK_M": 32}
     pair = tile | {"BLOCK_K": knobs.grouped_columns}
     head = {"NOPE": 128, "VALUE": 128}
     folded = head | {"ROPE": 64, "BLOCK_N": knobs.fold_rows, "BLOCK_K": knobs.fold_columns}
