@@ -69,10 +69,13 @@ def load(
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
     """
-    card = choose_card(device, vram)
+    # The reference computes on the CPU, where no card is asked for
+    card = choose_card("cpu" if kernels == "reference" and device == "auto" and vram is None else device, vram)
     if mtp is not None and not 0 <= mtp <= MOST_DRAFTS:
         raise UsageError(f"--mtp {mtp}: from 0 to {MOST_DRAFTS} tokens can be guessed at a time")
     chosen = Kernels.choose(kernels, threads, cache_dtype)
+    if card is not None and card.device.type == "cuda" and chosen.cache_dtype == torch.float32:
+        raise UsageError("a card's latent cache is bf16 or int8: choose one by --cache-dtype, or --device cpu")
     resolved = resolve(str(model.expanduser().absolute()) if isinstance(model, Path) else model)
     checkpoint = Checkpoint.open(resolved.path)
     _refuse_unquantized(resolved, checkpoint)
@@ -146,6 +149,7 @@ def _on_card(
     # Places that change with the length of a conversation would be another answer to the same prompt
     placed = place(subject, Budgets(ram, card.vram, ctx), held=None if deterministic else CACHE_STEP)
     hold_to(card)
+    torch.set_float32_matmul_precision("highest")  # the environment may allow TF32, and routers choose others then
     machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True, card=card.name)
     from_tokens = stream_from(subject, machine, placed.layers)
     chosen = experts_on_card(subject, placed.layers)

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,14 +70,20 @@ class Bench:
         self.device = torch.device(device)
         self.on_gpu = device == "cuda"
         self.sizes = REAL if self.on_gpu else TINY
-        self._flush = None
         self.cold_bytes = 1
+        self.used_by_others: int | None = None
+        """Bytes of the card's memory before this process took any, where nvidia-smi says."""
         if self.on_gpu:
+            self.used_by_others = used_memory()
             torch.cuda.init()
-            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-            self.cold_bytes = max(4 * cache, 128 << 20)
-            self._flush = torch.empty(max(2 * cache, 64 << 20), dtype=torch.uint8, device=self.device)
+            self._cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+            self.cold_bytes = max(4 * self._cache, 128 << 20)
         self.generator = torch.Generator(device=self.device).manual_seed(1)
+
+    @cached_property
+    def _flush(self) -> Tensor:
+        """Twice the device's cache: made where something is timed alone, and no part of an engine's memory."""
+        return torch.empty(max(2 * self._cache, 64 << 20), dtype=torch.uint8, device=self.device)
 
     def copies(self, nbytes: int, most: int = 256) -> int:
         """How many operands of `nbytes` a sweep goes through."""
@@ -86,7 +93,7 @@ class Bench:
         """Median of the repeats. The flush keeps the device busy while the first launches are made."""
         times = []
         for _ in range(self.sizes.repeats):
-            if self._flush is None:
+            if not self.on_gpu:
                 started = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - started)
@@ -177,6 +184,16 @@ def environment(bench: Bench) -> Iterator[dict[str, Any]]:
     yield row
 
 
+def used_memory() -> int | None:
+    """Bytes of the card's memory that are in use, by whatever program."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return int(said) << 20 if said.isdigit() else None
+
+
 def driver() -> str | None:
     """The driver's version, or None where nvidia-smi is missing."""
     if not shutil.which("nvidia-smi"):
@@ -187,7 +204,7 @@ def driver() -> str | None:
 
 
 def extension(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Builds the CPU kernels for this Python, in a folder that is gone afterwards, and asks them for their tiers."""
+    """Builds the CPU kernels for this Python, asks them for their tiers, and leaves them to the engine's sections."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         built = gpu_engine.build_extension(Path(scratch))
@@ -197,6 +214,7 @@ def extension(bench: Bench) -> Iterator[dict[str, Any]]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         yield {"build_s": time.perf_counter() - started, "tiers": list(module.supported_tiers())}
+        gpu_engine.keep_extension(built)
 
 
 def bandwidth(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -379,11 +397,15 @@ def decode(bench: Bench) -> Iterator[dict[str, Any]]:
 def latent_caches(bench: Bench, form: str, context: int) -> list[Tensor]:
     """Random rows, as many caches as a sweep needs."""
     from localmoe.model.kv_cache import pack_int8
+    from localmoe.model.sizes import card_cache_bytes
 
     rank, rope, _ = bench.sizes.latent
     rows = bench.random(context, rank + rope)
     first = pack_int8(rows, rank) if form == "int8" else rows.bfloat16()
-    return [first] + [first.clone() for _ in range(bench.copies(first.nbytes) - 1)]
+    stride = card_cache_bytes(first.shape[1] * first.itemsize, 1, 1) // first.itemsize  # as the engine's rows lie
+    caches = torch.zeros(bench.copies(first.nbytes), context, stride, dtype=first.dtype, device=bench.device)
+    caches[..., : first.shape[1]] = first
+    return list(caches[..., : first.shape[1]])
 
 
 def run(name: str, device: str) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +16,8 @@ import torch
 from localmoe.errors import DeviceError, UsageError
 from localmoe.explain import PartTimer, explain_engine
 from localmoe.load import Engine, load
-from localmoe.offload.device import CardMemory, choose_card
+from localmoe.model.card.replay import Replay
+from localmoe.offload.device import CardMemory, choose_card, hold_to
 from localmoe.offload.plan import CUDA_CONTEXT, STAGING, card_workspace
 
 MIB = 1 << 20
@@ -51,6 +56,13 @@ def test_half_the_experts_on_the_card(on_card: Callable[..., Engine], tmp_path: 
         assert engine.hit_rates(counts) == [layer.gpu_hits for layer in engine.placement.layers[1:]]  # nothing since
         with load("demo:source", device="cpu", kernels="reference") as reference:
             assert [s.token_id for s in steps] == [s.token_id for s in reference.generate(ids, max_tokens=2)]
+        gc.collect()
+        gc.disable()  # the command line leaves out what was there when the first model was
+        model = weakref.ref(engine.model)
+    try:
+        assert model() is None  # its memory on the card is free for the next one
+    finally:
+        gc.enable()
     (heat,) = (tmp_path / "heat").iterdir()
     counts = torch.tensor(json.loads(heat.read_text())["counts"])
     tokens = len(ids) + 1  # the last one drawn is not computed
@@ -132,6 +144,63 @@ def test_what_is_free_less_a_twentieth(monkeypatch: pytest.MonkeyPatch) -> None:
     found = choose_card("auto", None)
     assert found == CardMemory(torch.device("cuda", 0), int(0.95 * (10 << 30)) + CUDA_CONTEXT, "RTX")
     assert choose_card("auto", 6 << 30) == CardMemory(torch.device("cuda", 0), 6 << 30, "RTX")
+
+
+def test_another_model_on_the_card_is_no_part_of_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_card(monkeypatch, (8, 9), 6 << 30)
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: limits.append(part))
+    hold_to(CardMemory(torch.device("cuda", 0), (3 << 30) + CUDA_CONTEXT))
+    assert limits == [0.5]
+
+
+def test_a_cards_cache_is_not_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmoe.load.choose_card", lambda *_: CardMemory(torch.device("cuda", 0), 8 << 30))
+    with pytest.raises(UsageError, match="a card's latent cache is bf16 or int8"):
+        load("demo:source", cache_dtype="float32")
+
+
+def test_the_reference_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def choose(wanted: str, vram: int | None) -> CardMemory | None:
+        asked.append(wanted)
+        return None
+
+    monkeypatch.setattr("localmoe.load.choose_card", choose)
+    load("demo:source", kernels="reference").close()
+    load("demo:source").close()
+    assert asked == ["cpu", "auto"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pass_that_cannot_be_captured_is_run_as_it_is(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replayed")
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        yield
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
+    replay = Replay(torch.device("cuda", 0))
+    for _ in range(3):
+        replay(1, lambda: done.append("run"))
+    # run, seen by the capture, and then one of the two
+    assert done == (["run", "run", "run", "run"] if fails else ["run", "run", "replayed", "replayed"])
+    assert replay.failure == ("operation not permitted when stream is capturing" if fails else None)
+    replay.forget()
+    replay(1, lambda: done.append("again"))
+    replay(1, lambda: done.append("again"))
+    assert done[4:] == (["again", "again"] if fails else ["again", "again", "replayed"])
 
 
 def fake_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free: int) -> None:

@@ -143,7 +143,8 @@ def _engines(
     engine = opened.enter_context(open_engine(model, machine)[1])
     if reference is None:
         return engine, None
-    exactly = replace(machine, kernels="reference", cache_dtype="auto")  # no rounding but the checkpoint's own
+    # No rounding but the checkpoint's own, which a card's kernels would add
+    exactly = replace(machine, kernels="reference", cache_dtype="auto", device="cpu", vram=None)
     return engine, opened.enter_context(open_engine(reference, exactly)[1])
 
 

@@ -42,7 +42,8 @@ def unpack_int8(packed: Tensor, rank: int) -> Tensor:
 
 def _as_bytes(values: Tensor) -> Tensor:
     """[T, n] as uint8 [T, n * itemsize]."""
-    flat = torch.empty(values.shape, dtype=values.dtype)  # strides that `view` accepts even without tokens
+    # With strides that `view` accepts even without tokens
+    flat = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     return flat.copy_(values).view(torch.uint8)
 
 

@@ -81,10 +81,12 @@ def _ceiling(vram: int | None, free: int, total: int) -> int:
 
 
 def hold_to(memory: CardMemory) -> None:
-    """Have torch refuse what would go beyond the ceiling, rather than take it from other programs."""
+    """Have torch refuse what would go beyond the ceiling, rather than take it from other programs. What this process
+    holds on the card already, another model's, comes on top."""
     if memory.device.type == "cuda":
         _, total = torch.cuda.mem_get_info(memory.device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(memory.vram - CUDA_CONTEXT, 1) / total), memory.device)
+        most = max(memory.vram - CUDA_CONTEXT, 1) + torch.cuda.memory_reserved(memory.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), memory.device)
 
 
 def subject_of(

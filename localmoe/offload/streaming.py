@@ -15,7 +15,7 @@ from torch import Tensor
 from localmoe.formats.weights import Weight
 from localmoe.kernels.experts import ExpertWeights
 from localmoe.kernels.triton.experts import ExpertStack
-from localmoe.kernels.triton.weights import DeviceMatrix, empty_stack
+from localmoe.kernels.triton.weights import DeviceMatrix, empty_stack, slot_bytes
 
 LookUp = Callable[[int], ExpertWeights]
 
@@ -74,7 +74,7 @@ class Streamer:
 
     def _prepare(self, like: ExpertWeights, most: int) -> int:
         """Buffers for experts of this form; returns how many fit in one."""
-        size = max(1, min(most, self._room // sum(weight.nbytes for weight in like)))
+        size = max(1, min(most, self._room // slot_bytes(like)))
         parts = (tensor for weight in like for tensor in vars(weight).values() if isinstance(tensor, Tensor))
         form = (size, *((tensor.shape, tensor.dtype) for tensor in parts))
         if form != self._made_for:
@@ -88,8 +88,11 @@ class Streamer:
         cpu = torch.device("cpu")
         gate, up, down = (empty_stack(weight, size, cpu, pinned=self._cuda) for weight in like)
         there = tuple(empty_stack(weight, size, self._device) for weight in like)
-        events = [torch.cuda.Event() for _ in range(2)] if self._cuda else [None, None]  # type: ignore[no-untyped-call]
-        return _Buffer((gate, up, down), (there[0], there[1], there[2]), *events)
+        if not self._cuda:
+            return _Buffer((gate, up, down), (there[0], there[1], there[2]), None, None)
+        arrived, free = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        free.record()  # its memory may have been something else's until here
+        return _Buffer((gate, up, down), (there[0], there[1], there[2]), arrived, free)
 
     def _fill(self, buffer: _Buffer, experts: Sequence[ExpertWeights]) -> None:
         if buffer.arrived is not None:

@@ -88,3 +88,7 @@ def test_an_int8_cache_gives_back_floats_and_costs_644_bytes_a_token(config: Mod
     fill(cache, config, 40)
     assert row_bytes(config, torch.int8) == 644
     assert cache.nbytes == 100 * 3 * 644
+
+
+def test_int8_rows_are_packed_where_they_are() -> None:
+    assert pack_int8(torch.empty(3, 24, device="meta"), 16).device.type == "meta"

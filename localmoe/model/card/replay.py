@@ -17,6 +17,8 @@ class Replay:
         self._can_capture = captures
         self._captures = device.type == "cuda" and captures()
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self.failure: str | None = None
+        """Why passes are run as they are, where capturing one failed."""
 
     def __call__(self, rows: int, body: Callable[[], None]) -> None:
         """A pass of so many rows, on the current stream."""
@@ -25,8 +27,7 @@ class Replay:
             return
         graph = self._graphs.get(rows)
         if graph is None and rows in self._graphs:
-            graph = self._captured(body)
-            self._graphs[rows] = graph
+            graph = self._graphs[rows] = self._captured(body)
         if graph is not None:
             graph.replay()
             return
@@ -37,11 +38,18 @@ class Replay:
         """Begin again, and look once more whether passes can be captured: they do something else from now on. None may
         be running."""
         self._graphs.clear()
-        self._captures = self._device.type == "cuda" and self._can_capture()
+        self._captures = self._device.type == "cuda" and self.failure is None and self._can_capture()
 
-    def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """None where this driver cannot: nothing has run then, and no pass is captured any more."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream(self._device).synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            body()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                body()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._captures, self.failure = False, str(error)
+            return None
         return graph

@@ -2,7 +2,7 @@
 
     python tests/kernels/triton/cubins.py "matvec int4@80" norm@120     these kernels for these compute capabilities
     python tests/kernels/triton/cubins.py all                           every kernel for every one: two minutes
-    python tests/kernels/triton/cubins.py all --table                   the same as a table (docs/benchmarks.md sums it up)
+    python tests/kernels/triton/cubins.py all --table                   the same as a table
 
 A program of its own because TRITON_INTERPRET, which the tests set, must not be.
 """
