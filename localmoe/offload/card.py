@@ -67,6 +67,7 @@ class LayerExperts:
             self._stack = ExpertStack(gate, up, down, self.table.of_expert.to(device))
             for slot, expert in on_card.items():
                 _put(self._stack, slot, look_up(expert))
+        self._products: ExpertProducts | None = None  # made once: the handoff's jobs know it
         self._cpu: ExpertProducts | None = None
         self._share_with_the_cpu()
 
@@ -83,13 +84,20 @@ class LayerExperts:
     def _share_with_the_cpu(self) -> None:
         """A layer that is whole on the card knows no CPU: a pass saves the way there and back."""
         if self._cpu is None and len(self.table.held) < len(self.uses):
-            self._cpu = self._kernels.experts(len(self.uses), self._look_up)
+            if self._products is None:
+                self._products = self._kernels.experts(len(self.uses), self._look_up)
+            self._cpu = self._products
 
     def publish(self) -> None:
         """See `localmoe.offload.refresh.Slots`."""
         assert self._stack is not None
         self._share_with_the_cpu()
         self._stack.slots.copy_(self.table.of_expert)
+
+    def filled(self) -> None:
+        """See `localmoe.offload.refresh.Slots`. All layers at once: each time, passes are captured anew."""
+        if len(self.table.held) == len(self.uses):
+            self._cpu = None
 
     def load(self, slot: int, expert: int) -> None:
         """See `localmoe.offload.refresh.Slots`."""
@@ -188,10 +196,11 @@ class CardExperts:
         self._hits = HitCounts(self._uses, self._tables)
         self._refresh: Refresh | None = None
         self._heat = _uses_a_token(config, heat)
+        self._earlier = REMEMBERED * self._heat  # of earlier runs as much as is remembered of this one
         on_card = [experts if moe else () for experts, moe in zip(on_card, config.moe_layers, strict=True)]
         self._slot = self._slot_bytes(on_card)
         self._arena = arena or Arena(self._slot * sum(map(len, on_card)), device)
-        self._arena.give_back = self._give_back
+        self._arena.give_back, self._arena.take_back = self._give_back, self._take_back
         slots = len(self._arena.memory) // self._slot
         self._memory = self._arena.memory[: slots * self._slot].view(slots, self._slot)
         self._on_card = self._numbered(on_card, -(-self._arena.taken // self._slot))
@@ -238,8 +247,7 @@ class CardExperts:
         if self._refresh is not None:
             self._refresh.settle()
         recent = self._uses.cpu().double() if self._refresh is None else self._refresh.recent()
-        # of earlier runs as much as is remembered of this one
-        warmth = (recent + REMEMBERED * self._heat).tolist()
+        warmth = (recent + self._earlier).tolist()
         self._hits.book()
         changes = what_to_give_back(self._tables, -(-nbytes // self._slot), lambda layer, expert: warmth[layer][expert])
         for layer, slot in changes.retired:
@@ -250,10 +258,19 @@ class CardExperts:
         for layer in {layer for layer, _ in changes.retired} | {move.layer for move in changes.moves}:
             self._layers[layer].publish()
 
+    def _take_back(self, before: int) -> None:
+        """The cache had the first `before` bytes of the arena: slots there come back, if anybody fills them."""
+        if self._refresh is None:
+            return
+        if self._uses.is_cuda:
+            torch.cuda.synchronize(self._uses.device)
+        first, end = (-(-nbytes // self._slot) for nbytes in (self._arena.taken, before))
+        self._refresh.refill(range(first, min(end, len(self._memory))))
+
     def keep_fresh(self, executor: Executor | None = None) -> None:
         """From now on, let experts change places as they are used, `between_passes`."""
         swappable = {index: layer for index, layer in self._layers.items() if layer.table.held}
-        self._refresh = Refresh(swappable, self._uses, executor, self._hits.book)
+        self._refresh = Refresh(swappable, self._uses, executor, self._hits.book, self._earlier)
 
     def between_passes(self) -> None:
         """To be called when no pass runs."""
@@ -282,5 +299,5 @@ class CardExperts:
             self._refresh = None
         if self._uses.is_cuda:
             torch.cuda.synchronize(self._uses.device)
-        self._arena.give_back = lambda nbytes: None
+        self._arena.give_back = self._arena.take_back = lambda nbytes: None
         self._layers.clear()  # they know this object: a circle that would keep the card's memory

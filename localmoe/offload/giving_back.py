@@ -1,4 +1,5 @@
-"""Expert slots given back to the latent cache: which ones, and who moves so that the coldest experts go.
+"""Expert slots given back to the latent cache: which ones, and who moves so that the coldest experts go; and whose the
+slots are that come back from it.
 
 All layers' slots are numbered through one stretch of memory, and the cache takes it from its front. So slots go in the
 order of their numbers and experts in the order of their coldness: a warm one in a slot that goes moves to the slot of
@@ -7,8 +8,10 @@ a cold one behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from localmoe.offload.slots import SlotTable
 
@@ -49,3 +52,14 @@ def what_to_give_back(tables: Mapping[int, SlotTable], first_kept: int, warmth: 
     leaving = set(retired)
     staying = [each for each in going if each not in leaving]
     return GivingBack(retired, tuple(Move(layer, slot, to) for (layer, slot), to in zip(staying, behind, strict=True)))
+
+
+def who_gets_them(tables: Mapping[int, SlotTable], slots: Sequence[int], warmth: Tensor) -> list[tuple[int, int]]:
+    """(layer, slot) for `slots` that were nobody's: as many for a layer as it has experts among the warmest, by
+    `warmth` [L, E], of all that have no slot. No layer gets more than it has experts for."""
+    waiting = []
+    for layer, table in tables.items():
+        away = warmth[layer][table.of_expert < 0].sort(descending=True).values
+        waiting += [(-value, layer) for value in away[len(table.empty_slots) :][: len(slots)].tolist()]
+    paired = zip(sorted(waiting), sorted(slots, reverse=True), strict=False)  # there may be more of either
+    return [(layer, slot) for (_, layer), slot in paired]

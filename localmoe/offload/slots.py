@@ -7,7 +7,7 @@ agree on who computes an expert. A generation tells a late arrival from the one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -32,11 +32,11 @@ class SlotTable:
 
     @property
     def held(self) -> list[int]:
-        """Experts in slots, in the order of these; slots being filled hold none."""
+        """Experts in slots, in the order of these; empty ones hold none."""
         return [expert for expert in self._held.values() if expert is not None]
 
     def slots(self) -> list[tuple[int, int | None]]:
-        """Every slot with its expert, None for one that is being filled."""
+        """Every slot with its expert, None for an empty one."""
         return list(self._held.items())
 
     def empty(self, slot: int) -> int:
@@ -47,6 +47,15 @@ class SlotTable:
         self._held[slot] = None
         self._generation[slot] = next(self._generations)
         return self._generation[slot]
+
+    @property
+    def empty_slots(self) -> list[int]:
+        """Those that hold no expert, in the order of their numbers."""
+        return sorted(slot for slot, expert in self._held.items() if expert is None)
+
+    def add(self, slot: int) -> None:
+        """The slot is the layer's from now on, empty. No table may know it."""
+        self._held[slot], self._generation[slot] = None, next(self._generations)
 
     def fill(self, slot: int, generation: int, expert: int) -> bool:
         """All of `expert`'s weights are in the slot. False, and nothing changes, if the slot was emptied once more
@@ -103,3 +112,25 @@ def best_swaps(
         if float(row[comes]) >= ratio * float(row[leaves]) and gain >= least:
             found.append(Swap(layer, leaves, comes, gain))
     return sorted(found, key=lambda swap: (-swap.gain, swap.layer))[:most]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """An expert without a slot comes into an empty one."""
+
+    layer: int
+    slot: int
+    comes: int
+
+
+def best_fills(warmth: Tensor, tables: Mapping[int, SlotTable], most: int) -> list[Fill]:
+    """Up to `most` empty slots and who comes there: the layers' warmest experts by `warmth` [L, E], of all the warmest
+    first. The slots with the highest numbers are filled first: they are given back last."""
+    found: list[Fill] = []
+    for layer, table in tables.items():
+        empty = table.empty_slots
+        if empty:
+            away = (table.of_expert < 0).nonzero().flatten()
+            hottest = away[warmth[layer, away].argsort(descending=True, stable=True)[:most]].tolist()
+            found += [Fill(layer, slot, expert) for slot, expert in zip(reversed(empty), hottest, strict=False)]
+    return sorted(found, key=lambda fill: (-float(warmth[fill.layer, fill.comes]), fill.layer))[:most]

@@ -21,6 +21,7 @@ from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.triton.weights import slot_bytes
 from localmoe.model.card.arena import Arena
+from localmoe.model.card.cache import CardLatents
 from localmoe.model.card.model import CardLayout, CardModel
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
@@ -187,13 +188,16 @@ def test_experts_carried_to_the_card_for_a_prompt(on_card: Sequence[int], device
     assert_alike(*models(device, on_card=on_card, stream_from=9), (9, 9))
 
 
-def test_experts_that_change_places_change_nothing_else(device: torch.device) -> None:
-    class AtOnce(Executor):
-        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-            future: Future[Any] = Future()
-            future.set_result(fn(*args, **kwargs))
-            return future
+class AtOnce(Executor):
+    """Runs what it is given before it returns."""
 
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_experts_that_change_places_change_nothing_else(device: torch.device) -> None:
     ours, wanted = models(device, on_card=(0, 1))
     placed = ours._layers[1]._mlp._experts  # type: ignore[union-attr]
     refresh = Refresh({1: placed}, placed.uses[None].expand(2, -1), AtOnce())
@@ -207,6 +211,22 @@ def test_experts_that_change_places_change_nothing_else(device: torch.device) ->
     assert_alike(ours, wanted, (9, 2))
 
 
+HEAT = [[], [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]
+
+
+def in_one_arena(slots: int, tokens: int, device: torch.device) -> tuple[CardModel, CardExperts, Arena]:
+    """A cache of `tokens`, of which 4 have room at first, and so many slots in all."""
+    config = ModelConfig.from_dict(BASE)
+    source, chosen = RandomSource(config), Kernels.choose("reference", 1, "float32")
+    slot = slot_bytes(expert_weights(source, "model.layers.1.mlp.experts.0"))
+    arena = Arena(slots * slot, device, taken=4 * card_cache_bytes(160, 2, 1))
+    placed = CardExperts(source, config, chosen, [(), range(8)], device, arena=arena, heat=HEAT)
+    layout = CardLayout(device, 2, True, tokens, arena=arena)
+    store = ExpertStore(source, config, chosen)
+    ours = CardModel(config, source, chosen, layout, placed.layer, store.layer, placed.between_passes)
+    return ours, placed, arena
+
+
 @pytest.mark.parametrize(("slots", "left"), [(9, 4), (8, 3), (5, 0)], ids=["all at first", "one away", "none at last"])
 def test_slots_are_given_back_as_the_context_grows(
     slots: int, left: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -214,18 +234,12 @@ def test_slots_are_given_back_as_the_context_grows(
     """The logits of a cache that was reserved whole, step by step, and of the reference; the memory is the same all
     the time, what the cache has of it is no slot's, and the coldest leave."""
     monkeypatch.setattr("localmoe.model.card.cache.CACHE_STEP", 4)
-    config, tokens = ModelConfig.from_dict(BASE), 48
-    source, chosen = RandomSource(config), Kernels.choose("reference", 1, "float32")
-    slot = slot_bytes(expert_weights(source, "model.layers.1.mlp.experts.0"))
-    a_token = card_cache_bytes(160, 2, 1)
+    tokens = 48
+    ours, placed, arena = in_one_arena(slots, tokens, device)
+    slot, a_token, heat = placed._slot, card_cache_bytes(160, 2, 1), HEAT
     assert -(-tokens * a_token // slot) == 5
-    arena = Arena(slots * slot, device, taken=4 * a_token)
-    heat = [[], [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]
-    placed = CardExperts(source, config, chosen, [(), range(8)], device, arena=arena, heat=heat)
-    layout = CardLayout(device, 2, True, tokens, arena=arena)
-    store = ExpertStore(source, config, chosen)
-    ours = CardModel(config, source, chosen, layout, placed.layer, store.layer)
     whole, wanted = models(device)
+    config = wanted.config
     layer = placed._layers[1]
     address = arena.memory.data_ptr()
     assert layer.both_sides == (slots < 9)
@@ -248,6 +262,76 @@ def test_slots_are_given_back_as_the_context_grows(
     assert (len(layer.table.held), layer.both_sides) == (left, True)
     with pytest.raises(ContextOverflowError, match="holds 48 tokens"):
         ours.forward(torch.arange(1), caches[0])
+
+
+@pytest.mark.parametrize("slots", [9, 8], ids=["all at first", "one away"])
+def test_slots_come_back_when_a_short_conversation_follows(
+    slots: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference's logits all the time; the hottest experts come back, a layer that is whole again leaves the CPU
+    out until it is not, and whenever it changes graphs are forgotten."""
+    monkeypatch.setattr("localmoe.model.card.cache.CACHE_STEP", 4)
+    monkeypatch.setattr("localmoe.model.card.cache._PATIENCE", 3)
+    monkeypatch.setattr("localmoe.offload.refresh._FILL_EVERY", 1)
+    ours, placed, arena = in_one_arena(slots, 48, device)
+    placed.keep_fresh(AtOnce())
+    _, wanted = models(device)
+    layer, forgotten = placed._layers[1], []
+    forget = ours._replay.forget
+    monkeypatch.setattr(ours._replay, "forget", lambda: forgotten.append(layer.both_sides) or forget())
+    everyone = slots == 9
+    assert layer.both_sides == (not everyone)
+    tolerance = 1e-4 if device.type == "cpu" else 5e-2
+
+    def converse(passes: Sequence[int]) -> None:
+        ids = torch.randint(0, 96, (sum(passes),), generator=torch.Generator().manual_seed(1))
+        caches = ours.new_cache(48), LatentCache(wanted.config, 48)
+        for part in ids.split(list(passes)):
+            logits, expected = ours.forward(part, caches[0]), wanted.forward(part, caches[1])
+            assert float((logits - expected).abs().max() / expected.abs().max()) <= tolerance
+            assert all(number * placed._slot >= arena.taken for number, _ in layer.table.slots())
+            assert arena.taken >= caches[0].length * card_cache_bytes(160, 2, 1)
+
+    converse([40])
+    assert (len(layer.table.held), layer.table.empty_slots, layer.both_sides) == (slots - 4, [], True)
+    converse([1] * 3)
+    assert (len(layer.table.held), layer.table.empty_slots) == (slots - 4, [1, 2, 3])
+    converse([1] * 3)
+    assert (len(layer.table.held), layer.both_sides) == (slots - 1, not everyone)
+    assert forgotten == ([True, False] if everyone else [])
+    converse([21, 1])
+    assert (len(layer.table.held), layer.both_sides) == (slots - 3, True)
+    assert forgotten == ([True, False, True] if everyone else [])
+    placed.close()
+
+
+def test_room_is_left_only_where_much_less_is_enough_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmoe.model.card.cache.CACHE_STEP", 4)
+    monkeypatch.setattr("localmoe.model.card.cache._PATIENCE", 3)
+    config, a_token = ModelConfig.from_dict(BASE), card_cache_bytes(160, 2, 1)
+    device = torch.device("cpu")
+    arena, left = Arena(100 * a_token, device, taken=8 * a_token), []
+    arena.take_back = lambda before: left.append((before // a_token, arena.taken // a_token))
+    latents = CardLatents(config, 96, torch.float32, range(2), device, arena)
+
+    def passes(*tokens: int) -> None:
+        for each in tokens:
+            latents.make_room(each)
+            latents.leave_room(each)
+
+    passes(64, 60, 33, 64, 33, 33, 33, 33)  # a few tokens taken back, and up to half of all
+    passes(16, 16, 33, 16, 16, 33, 16, 16, 64)  # not long enough, each time
+    assert left == []
+    passes(30, 31, 32)
+    assert left == [(64, 32)]
+    passes(17, 17, 17, 16, 16, 16)
+    assert left == [(64, 32), (32, 16)]
+    passes(*[1] * 9)
+    assert left[2:] == [(16, 8)]  # never less than at the beginning
+    whole = CardLatents(config, 96, torch.float32, range(2), device)
+    for _ in range(9):
+        whole.leave_room(1)
+    assert whole.nbytes == 96 * a_token
 
 
 @pytest.mark.parametrize(("layers", "head"), [(1, True), (2, False)])

@@ -10,7 +10,7 @@ import torch
 
 from localmoe.offload.hits import HitCounts, rates
 from localmoe.offload.refresh import EVERY, Refresh
-from localmoe.offload.slots import SlotTable, best_swaps
+from localmoe.offload.slots import Fill, SlotTable, best_fills, best_swaps
 
 
 class Later(Executor):
@@ -41,9 +41,13 @@ class Layer:
 
     def __init__(self, experts: int, held: list[int]) -> None:
         self.table = SlotTable(experts, held)
-        self.memory: list[int] = list(held)
+        self.memory: dict[int, int] = dict(enumerate(held))
         self.card = self.table.of_expert.clone()
         self.broken = False
+        self.filled_with: list[int] = []
+
+    def filled(self) -> None:
+        self.filled_with.append(len(self.table.held))
 
     def publish(self) -> None:
         self.card = self.table.of_expert.clone()
@@ -84,6 +88,17 @@ def test_the_swaps_that_gain_most() -> None:
     assert [(swap.layer, swap.leaves, swap.comes, swap.gain) for swap in found] == [(1, 2, 1, 59.0), (0, 1, 2, 28.0)]
     assert len(best_swaps(uses, tables, 1)) == 1
     assert best_swaps(torch.tensor([[10, 11, 14, 14]]), {0: SlotTable(4, [0, 1])}, 5) == []  # too little
+
+
+def test_the_warmest_come_into_empty_slots_and_the_last_slots_are_filled_first() -> None:
+    tables = {0: SlotTable(4, [0]), 1: SlotTable(4, [2], [5]), 2: SlotTable(4, [1], [6]), 3: SlotTable(1, [0], [4])}
+    for layer, slots in ((0, (7, 9)), (1, (8,)), (3, (3,))):
+        for slot in slots:
+            tables[layer].add(slot)
+    warmth = torch.tensor([[9, 2, 3, 5], [4, 1, 6, 4], [9, 9, 9, 9], [9, 0, 0, 0]])
+    fills = [Fill(0, 9, 3), Fill(1, 8, 0), Fill(0, 7, 2)]  # layer 3 has no expert for its slot, layer 2 no slot
+    assert best_fills(warmth, {**tables, 3: SlotTable(1, [0], [4])}, 9) == fills
+    assert best_fills(warmth[:, :4], {layer: tables[layer] for layer in (0, 1, 2)}, 2) == fills[:2]
 
 
 def passes(refresh: Refresh, count: int) -> None:
@@ -145,6 +160,15 @@ def test_a_load_that_fails_leaves_its_experts_to_the_cpu() -> None:
     passes(refresh, 1)
     assert layer.card.tolist() == [-1] * 4
     layer.check()
+    counts[0, 2] = 90
+    refresh.refill([1])
+    passes(refresh, EVERY)
+    assert layer.table.empty_slots == [1]
+    later.run()
+    passes(refresh, EVERY)
+    assert layer.table.slots() == []  # neither is tried again and again
+    assert not later.waiting
+    refresh.close()
 
 
 def test_hits_are_booked_by_who_had_a_slot_when_a_token_came() -> None:
@@ -180,4 +204,41 @@ def test_what_is_under_way_arrives_before_a_slot_is_given_back() -> None:
     refresh.settle()  # waits for it
     assert layer.table.held == [2]
     layer.check()
+    refresh.close()
+
+
+def test_slots_that_come_back_are_filled_before_anybody_leaves() -> None:
+    """The hottest of all layers get them, what was used earlier counts too, and a pass never waits."""
+    layers = {0: Layer(6, [0]), 2: Layer(6, [0])}
+    counts, later = torch.zeros(3, 6, dtype=torch.int32), Later()
+    earlier = torch.zeros(3, 6, dtype=torch.float64)
+    earlier[0], earlier[2, 1:3] = torch.tensor([0.0, 0.0, 6.0, 7.0, 0.0, 9.0]), torch.tensor([8.0, 5.0])
+    refresh = Refresh(layers, counts, later, earlier=earlier)
+    passes(refresh, EVERY - 1)
+    counts[0, 4] = 50  # worth a swap too
+    refresh.refill(range(10, 15))
+    assert [layer.table.empty_slots for layer in layers.values()] == [[10, 11, 13, 14], [12]]
+    assert [layer.card.tolist() for layer in layers.values()] == [[0, -1, -1, -1, -1, -1]] * 2
+    passes(refresh, EVERY)
+    assert [layer.table.held for layer in layers.values()] == [[0], [0]]  # nothing arrived, nobody left
+    assert len(later.waiting) == 4
+    later.run()
+    assert [layer.memory for layer in layers.values()] == [{0: 0, 14: 4, 13: 5, 11: 3}, {0: 0, 12: 1}]
+    passes(refresh, 1)
+    for layer in layers.values():
+        layer.check()
+    assert layers[0].table.empty_slots == [10]
+    passes(refresh, EVERY // 2)
+    assert not any(layer.filled_with for layer in layers.values())
+    later.run()
+    passes(refresh, EVERY)
+    assert [sorted(layer.table.held) for layer in layers.values()] == [[0, 2, 3, 4, 5], [0, 1]]
+    assert [layer.filled_with for layer in layers.values()] == [[5], [2]]  # once
+    for layer in layers.values():
+        layer.check()
+    counts[2, 2] = 50
+    passes(refresh, EVERY)  # swaps are begun again
+    later.run()
+    passes(refresh, 1)
+    assert sorted(layers[2].table.held) in ([0, 2], [1, 2])
     refresh.close()

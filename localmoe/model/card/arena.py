@@ -1,5 +1,6 @@
 """One allocation of the card's memory for what grows against each other: the latent cache from its front, and behind it
-expert slots, which are given back from there on as the cache needs their place."""
+expert slots, which are given back from there on as the cache needs their place and come back when it needs it no more.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +18,14 @@ class Arena:
     def __init__(self, nbytes: int, device: torch.device, taken: int = 0) -> None:
         self.memory: Tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.taken = taken
-        """Bytes at the front that are not, or no more, expert slots'."""
+        """Bytes at the front that are not, or not now, expert slots'."""
+        self._least = taken
         self.give_back: Callable[[int], None] = lambda nbytes: None
         """Called before the first so many bytes become the cache's: when it returns nothing else is in them."""
+        self.take_back: Callable[[int], None] = lambda nbytes: None
+        """Called when the cache had the first so many bytes and has fewer now, `taken`: slots may be between."""
         self.times = 0
-        """How often it was called."""
+        """How often slots were given back."""
 
     def take(self, nbytes: int) -> None:
         """Have the first `nbytes` for the cache. Between passes. Raises DeviceError for more than there is."""
@@ -32,3 +36,10 @@ class Arena:
         self.give_back(nbytes)
         self.taken = nbytes
         self.times += 1
+
+    def leave(self, nbytes: int) -> None:
+        """The cache does with the first `nbytes`, but has never fewer than at the beginning. Between passes."""
+        before = self.taken
+        self.taken = min(before, max(nbytes, self._least))
+        if self.taken < before:
+            self.take_back(before)

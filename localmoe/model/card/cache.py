@@ -17,10 +17,15 @@ from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache, row_bytes
 from localmoe.model.sizes import CACHE_STEP, card_cache_bytes
 
+_PATIENCE = 32
+"""Short passes for which half of the room was enough, before it is left: neither a question beside a long conversation
+nor the steps of a long prompt move experts back and forth."""
+
 
 class CardLatents:
     """The card's part, at one address that CUDA graphs know: the front of `arena`, of which it takes more as
-    the context grows; without one all of it at once. One cache at a time holds it."""
+    the context grows, and leaves what a much shorter one does without; without an arena all of it at once. One cache at
+    a time holds it."""
 
     def __init__(
         self,
@@ -41,6 +46,7 @@ class CardLatents:
         memory = arena.memory[: capacity * self._token].view(stored).view(capacity, len(indices), -1)
         self.rows = dict(zip(indices, memory[..., :width].unbind(1), strict=True))
         self.holder: CardCache | None = None
+        self._roomy = 0  # passes one after the other
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +56,19 @@ class CardLatents:
     def make_room(self, tokens: int) -> None:
         """Have the rows of so many tokens, up to `capacity`. Between passes."""
         if tokens * self._token > self._arena.taken:
-            self._arena.take(min(-(-tokens // CACHE_STEP) * CACHE_STEP, self.capacity) * self._token)
+            self._arena.take(self._room(tokens))
+
+    def leave_room(self, tokens: int) -> None:
+        """A short pass comes that needs the rows of so many tokens, and no row behind them is anybody's. Between
+        passes, and after `make_room`."""
+        room = self._room(tokens)
+        self._roomy = self._roomy + 1 if 2 * room <= self._arena.taken else 0
+        if self._roomy >= _PATIENCE:
+            self._roomy = 0
+            self._arena.leave(room)
+
+    def _room(self, tokens: int) -> int:
+        return min(-(-tokens // CACHE_STEP) * CACHE_STEP, self.capacity) * self._token
 
 
 class CardCache(LatentCache):

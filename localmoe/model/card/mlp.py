@@ -34,7 +34,7 @@ class RoutedExperts(Protocol):
 
     @property
     def both_sides(self) -> bool:
-        """Whether some are not on the card. Once it is so it stays so, and may become so between passes."""
+        """Whether the CPU takes part, since some are not on the card. It changes between passes only."""
         ...
 
     def submit(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, mark: Mark) -> None:

@@ -97,7 +97,7 @@ class CardLayer:
 
     @property
     def both_sides(self) -> bool:
-        """Whether some of its experts are not on the card."""
+        """Whether the CPU takes part, since some of its experts are not on the card."""
         return isinstance(self._mlp, CardMoE) and self._mlp.both_sides
 
     def few(
@@ -167,8 +167,7 @@ class CardModel:
         self._norm = RMSNorm(source, "model.norm", config.rms_norm_eps)
         self._head = CardLinear.of(source, head, device) if layout.head else Linear(source, head, kernels)
         self._card_norm = self._norm.weight.to(device)
-        self._arena = layout.arena or Arena(0, device)
-        self._times_given_back, self._both_sides = 0, self._count_both_sides()
+        self._both_sides = [layer.both_sides for layer in self._layers]
         self._latents = CardLatents(
             config, layout.context, kernels.cache_dtype, range(layout.layers), device, layout.arena
         )
@@ -253,6 +252,7 @@ class CardModel:
         """The card's part of a pass of up to 8 rows. Nothing waits for it yet."""
         self._check(token_ids, cache)
         count, rows = len(token_ids), self._rows
+        self._latents.leave_room(cache.length + count)
         self._kernels.share_cores(count)
         self._staged[:count] = embedding_rows(self._embedding, token_ids)
         self._staged_start[0] = cache.length
@@ -365,15 +365,7 @@ class CardModel:
         if not isinstance(cache, CardCache):
             raise UsageError("a model on a card needs a cache of its own, from new_cache")
         cache.check_room(len(token_ids))
-        if self._arena.times != self._times_given_back:
-            self._after_giving_back()
-
-    def _after_giving_back(self) -> None:
-        """Nothing has moved that a graph knows; but one of a layer that was whole on the card leaves the CPU out."""
-        self._times_given_back = self._arena.times
-        if self._both_sides != self._count_both_sides():
-            self._both_sides = self._count_both_sides()
+        # Nothing has moved that a graph knows; but one of a layer that is whole on the card leaves the CPU out
+        if self._both_sides != (both_sides := [layer.both_sides for layer in self._layers]):
+            self._both_sides = both_sides
             self._replay.forget()
-
-    def _count_both_sides(self) -> int:
-        return sum(layer.both_sides for layer in self._layers)
