@@ -128,16 +128,17 @@ class LayerExperts:
         """All experts of a long pass: the card's by groups of tokens, the others carried there too if the pass is long
         enough, or else by the CPU's own kernels for many rows, meanwhile."""
         tokens, k = expert_ids.shape
+        carried = tokens >= self._prompts.stream_from
         if self._cpu is not None:
             known_ids = expert_ids.cpu().long()  # waits for the card
-            known = x.cpu(), weights.cpu()
+            known = None if carried else (x.cpu(), weights.cpu())  # before the card gets more to do
         blocks = sort_pairs(expert_ids, len(self.uses), self._launch)
         products = torch.zeros(tokens * k, x.shape[1], device=x.device)
         if self._stack is not None:
             self._grouped(self._stack, x, blocks, weights, products)
         if self._cpu is not None:
             away = self.table.of_expert < 0
-            if tokens >= self._prompts.stream_from:
+            if known is None:
                 experts = used_experts(known_ids, away)
                 for stack in self._prompts.streamer.groups(self._look_up, experts, len(self.uses)):
                     self._grouped(stack, x, blocks, weights, products)

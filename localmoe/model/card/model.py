@@ -172,7 +172,8 @@ class CardModel:
             config, layout.context, kernels.cache_dtype, range(layout.layers), device, layout.arena
         )
         self._rows = RowBuffers(config, device, self._launch)
-        self._replay = Replay(device, captures=lambda: all(layer.captures for layer in self._layers))
+        layers = self._layers  # knowing the model, it would keep the card's memory after the model
+        self._replay = Replay(device, captures=lambda: all(layer.captures for layer in layers))
         pinned = device.type == "cuda"
         self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
         self._staged = torch.empty(MOST_ROWS, config.hidden_size, pin_memory=pinned)
