@@ -41,10 +41,11 @@ def write_card(out: Path) -> None:
 
 
 def stories(engine: Engine, temperature: float) -> Iterable[tuple[str, str]]:
-    """The prompts with the model's answers; the seed is the prompt's number."""
+    """The prompts with the model's answers, drawn as it advises at this temperature; seeds are the prompts' numbers."""
+    sampling: dict[str, Any] = engine.generation_defaults | {"temperature": temperature}
     for seed, prompt in enumerate(PROMPTS):
         asked = [{"role": "user", "content": prompt}]
-        steps = engine.generate(asked, max_tokens=LENGTH, temperature=temperature, top_p=0.95, seed=seed)
+        steps = engine.generate(asked, max_tokens=LENGTH, seed=seed, **sampling)
         yield prompt, "".join(step.text for step in steps).strip()
 
 
@@ -82,7 +83,8 @@ def card(
         "Nats a token by place, beginnings of long stories never trained on:",
         table(("", *figures["by_position"]), positions(figures)),
         "## Stories",
-        f"The first {SHOWN} of {len(PROMPTS)} prompts, {LENGTH} tokens, unpicked.",
+        f"The first {SHOWN} of {len(PROMPTS)} prompts, {LENGTH} tokens, unpicked, drawn as `generation_config.json` "
+        "advises but for the temperature.",
     ]
     for temperature, answers in told.items():
         parts.append(f"### Temperature {temperature}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from demo_text import ASSISTANT, END, PAGE, THINK, THINK_END, USER, Story
 
@@ -19,6 +19,10 @@ _FOLLOWING = frozenset((
     "said", "came", "went", "who", "that", "which", "as", "when", "then", "so", "into", "over", "under", "did",
     "would", "could", "will", "can", "again", "looked", "began", "up", "down", "ran", "sat",
 ))  # fmt: skip
+_ACTS = re.compile(
+    r"\b([a-z]{3,14}) (?:said|asked|cried|replied|thought|answered|told|wanted|went|ran|came|looked|saw|knew|felt"
+    r"|laughed|shouted|sat|whispered)\b|\b(?:said|asked|cried|replied) (?:a|an|the) ([a-z]{3,14})\b"
+)
 _NO_SUBJECT = frozenset((
     "bit", "day", "end", "evening", "few", "first", "hour", "kind", "lot", "matter", "minute", "moment", "month",
     "morning", "next", "number", "one", "other", "part", "place", "reason", "rest", "same", "second", "side", "sort",
@@ -35,20 +39,32 @@ class Subjects:
 
     KNOWN = 5  # stories that use a word as a noun make it one where it is a name ("Hare") or in the title
     SHARE = 0.03  # or more of the uses of a noun follow a determiner and end there; of other words next to none do
+    NAME_SHARE = 0.08  # or more of those of a word that can stand for any noun
+    ACTING = 0.03  # or more of the uses of a being's name stand beside what it says or does
 
     def __init__(self, stories: Sequence[Story]) -> None:
-        self._in_stories, used, words = Counter[str](), Counter[str](), Counter[str]()
+        self._in_stories, used, words, acts = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
         for story in stories:
             nouns = self._nouns(story.text)
             self._in_stories.update(nouns.keys())
             used.update(nouns)
             words.update(_WORD.findall(story.text.lower()))
+            acts.update(before or after for before, after in _ACTS.findall(story.text.lower()))
         self._common = len(stories) * 0.25
         self._other = {word for word, count in used.items() if count < self.SHARE * words[word]}
+        self._beings = {word for word, count in acts.items() if count >= self.ACTING * words[word]}
         self.all = sorted(
-            noun for noun in self._in_stories if self._is_subject(noun) and self._in_stories[noun] >= self.KNOWN
+            noun
+            for noun in self._in_stories
+            if self._is_subject(noun)
+            and self._in_stories[noun] >= self.KNOWN
+            and used[noun] >= self.NAME_SHARE * words[noun]
         )
         """Every noun that a story could be about."""
+
+    def is_being(self, noun: str) -> bool:
+        """Whether stories often say what it says or does."""
+        return noun in self._beings
 
     def __call__(self, text: str, most: int, title: str = "") -> list[str]:
         """Nouns with their article that the text names at least twice and soon, the most telling first."""
@@ -126,16 +142,31 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+class Names:
+    """Nouns that a noun can be called by in its place: a being by beings, a thing by things."""
+
+    def __init__(self, subjects: Subjects, plainness: Plainness) -> None:
+        self._subjects = subjects
+        plain = [noun for noun in subjects.all if noun in plainness]
+        self._of = {being: [noun for noun in plain if subjects.is_being(noun) == being] for being in (False, True)}
+
+    def __call__(self, noun: str) -> list[str]:
+        return self._of[self._subjects.is_being(noun)]
+
+
 class Recast:
     """Gives a text's subjects other names, at random: what a story is about then cannot be guessed from the story, only
     read in what was asked for, and the model has to learn to."""
 
-    def __init__(self, text: str, about: Sequence[str], nouns: Sequence[str], dice: random.Random) -> None:
+    def __init__(
+        self, text: str, about: Sequence[str], names: Callable[[str], Sequence[str]], dice: random.Random
+    ) -> None:
         self._names = {}
         there = {word.lower() for word in _WORD.findall(text)}
         for subject in about:
-            if unused := [noun for noun in nouns if noun not in there]:
-                new = self._names[subject.split()[-1]] = dice.choice(unused)
+            noun = subject.split()[-1]
+            if unused := [name for name in names(noun) if name not in there]:
+                new = self._names[noun] = dice.choice(unused)
                 there.add(new)
         old = "|".join(map(re.escape, self._names))
         self._pattern = re.compile(rf"\b(?:(an?) )?({old})(e?s)?\b", re.IGNORECASE) if old else None
@@ -171,6 +202,7 @@ class Conversations:
         "Tell me a story about {}.", "Tell me a story about {}", "Write a short story about {}.",
         "Can you tell me a story about {}?", "I would like to hear a story about {}.", "A story about {}, please.",
     )  # fmt: skip
+    HERE = "Here is a story about {}.\n\n"
     BEGINNING = ("Write the beginning of a story about {}.", "How does a story about {} begin?")
     SCENE = ("Write about {}.", "Write a scene with {}.", "Tell me about {}.")
     NEXT = ("What happens next?", "Go on.", "And then?", "Please continue the story.", "What happened then?")
@@ -180,7 +212,7 @@ class Conversations:
 
     def __init__(self, stories: Sequence[Story]) -> None:
         self._subjects, self._plainness = Subjects(stories), Plainness(stories)
-        self._names = [noun for noun in self._subjects.all if noun in self._plainness]
+        self._names = Names(self._subjects, self._plainness)
 
     def __call__(self, story: Story, dice: random.Random) -> str:
         """Text with DeepSeek's tokens, from the first <｜User｜> to the last <｜end▁of▁sentence｜>."""
@@ -196,11 +228,12 @@ class Conversations:
         text, place = cut(paragraphs, 0, 2 * LONG if whole else LONG)
         if len(text) < SHORT:
             return None
-        asked = self.TELL if whole or dice.random() < 0.5 else self.BEGINNING
+        tells = whole or dice.random() < 0.5
         about = self._subjects(text, dice.choice((1, 2, 2, 3)), story.title)
         recast = self._recast(text, about, dice)
         text, about = recast(text), [recast.subject(noun) for noun in about] or [f'"{self._named(story)}"']
-        told = self._turn(dice.choice(asked).format(listed(about)), text, self._plan(text, about, dice))
+        asked = dice.choice(self.TELL if tells else self.BEGINNING).format(listed(about))
+        told = self._turn(asked, self._here(about) * tells + text, self._plan(text, about, dice))
         following = recast(cut(paragraphs, place, LONG)[0])
         if len(following) >= SHORT and dice.random() < 0.5:
             told += self._turn(dice.choice(self.NEXT), following, self._plan(following, [], dice))
@@ -218,8 +251,9 @@ class Conversations:
         _, text, about = max(found)
         recast = self._recast(text, about, dice)
         text, about = recast(text), [recast.subject(noun) for noun in about]
-        asked = dice.choice(self.SCENE if dice.random() < 0.5 else self.TELL)
-        return self._turn(asked.format(listed(about)), text, self._plan(text, about, dice))
+        tells = dice.random() < 0.5
+        asked = dice.choice(self.TELL if tells else self.SCENE).format(listed(about))
+        return self._turn(asked, self._here(about) * tells + text, self._plan(text, about, dice))
 
     def _next(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str | None:
         start = 0 if whole else dice.randrange(len(paragraphs))
@@ -234,6 +268,10 @@ class Conversations:
 
     def _recast(self, text: str, about: Sequence[str], dice: random.Random) -> Recast:
         return Recast(text, about if dice.random() < self.RECAST else (), self._names, dice)
+
+    def _here(self, about: Sequence[str]) -> str:
+        """What a story is about, said again before it: so near, it is kept in mind."""
+        return self.HERE.format(listed(about))
 
     @staticmethod
     def _named(story: Story) -> str:

@@ -46,16 +46,31 @@ def test_noise_is_learned_when_it_comes_again(
 
 def test_a_recast_story_is_the_same_with_other_names(talk: ModuleType) -> None:
     story = "A goat met an owl. The goats sang; Goat was glad, and AN OWL too. Goatherds have owls, not a goat."
-    recast = talk.Recast(story, ["a goat", "an owl"], ["apple"], random.Random(0))
+    recast = talk.Recast(story, ["a goat", "an owl"], lambda noun: ["apple"], random.Random(0))
     assert recast(story).startswith(
         "An apple met an owl. The apples sang; Apple was glad, and AN OWL too. Goatherds have"
     )
     assert recast.subject("a goat") == "an apple"
     assert recast.subject("an owl") == "an owl"  # no name is left that is not there
-    boxes = talk.Recast("an owl, owls", ["an owl"], ["box"], random.Random(0))
+    boxes = talk.Recast("an owl, owls", ["an owl"], lambda noun: ["box"], random.Random(0))
     assert boxes("An owl, OWLS, the owl") == "A box, BOXES, the box"
-    same = talk.Recast(story, [], ["apple"], random.Random(0))
+    same = talk.Recast(story, [], lambda noun: ["apple"], random.Random(0))
     assert same(story) == story
+
+
+def test_beings_are_recast_as_beings_and_things_as_things(talk: ModuleType, text: ModuleType) -> None:
+    told = [
+        text.Story("simple", f"Number {n}", f"Once a {being} sat on a {thing}, and the {being} said: it is a {thing}.")
+        for n, (being, thing) in enumerate(zip(["goat", "fox"] * 20, ["drum", "boat"] * 20, strict=True))
+    ]
+    told += [text.Story("fiction", f"Other {n}", "Nothing at all.") for n in range(200)]  # subjects are not everywhere
+    subjects = talk.Subjects(told)
+    assert {noun: subjects.is_being(noun) for noun in subjects.all} == {
+        "goat": True, "fox": True, "drum": False, "boat": False,
+    }  # fmt: skip
+    names = talk.Names(subjects, talk.Plainness(told))
+    assert sorted(names("goat")) == ["fox", "goat"]
+    assert sorted(names("drum")) == ["boat", "drum"]
 
 
 def test_held_out_stories_are_never_read(sequences: ModuleType, stories: list[Any], tokenizer: Any) -> None:
@@ -105,7 +120,7 @@ def test_an_answer_is_about_what_was_asked_and_long_enough(talk: ModuleType, tex
     make = talk.Conversations(told)
     assert told[0].paragraphs != told[0].text.split("\n\n")
     assert all(talk.opens(part) == part.startswith("Far") for part in told[-1].paragraphs)
-    scenes = 0
+    scenes = told_again = 0
     for number in range(300):
         made = make(told[-1] if number % 2 else dice.choice(told), dice)
         for turn in made.split(text.USER)[1:]:
@@ -114,9 +129,16 @@ def test_an_answer_is_about_what_was_asked_and_long_enough(talk: ModuleType, tex
             if asked.endswith(talk.Conversations.TITLE):
                 assert answer in {story.title for story in told}
                 continue
+            if "a story about" in asked.lower() and "beginning" not in asked and "begin?" not in asked:
+                about = re.search(r"a(?: short)? story about (.+?)(?:, please)?[.?]?$", asked, re.IGNORECASE)
+                assert about is not None
+                assert answer.startswith(f"Here is a story about {about[1]}.\n\n")
+                answer = answer.split("\n\n", 1)[1]
+                told_again += 1
             assert talk.SHORT <= len(answer) <= 2 * talk.LONG
             scenes += asked.startswith(("Write about", "Write a scene"))
             if "\n" not in asked and '"' not in asked:
                 for noun in re.findall(r"\ban? (?!short|story|scene)(\w+)", asked):
                     assert len(re.findall(rf"\b{noun}\b", answer.lower())) > 1
     assert scenes > 20
+    assert told_again > 100
