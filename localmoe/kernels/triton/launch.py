@@ -18,7 +18,7 @@ class Launch:
     matvec_rows: int = 8
     matvec_columns: int = 1024
     matvec_warps: int = 4
-    fold_rows: int = 32  # of a head's k_b
+    fold_rows: int = 128  # of a head's k_b: all of it in DeepSeek's models, so that no load waits for another's sum
     fold_columns: int = 64
     fold_warps: int = 4
     unfold_columns: int = 512
@@ -31,7 +31,8 @@ class Launch:
     decode_keys: int = 32  # of the context, at a time
     decode_programs: int = 128  # split-K: shares of a row's context times blocks of heads. Changes a result's bits
     decode_warps: int = 8  # with 4 an int8 cache's kernel spills registers
-    decode_stages: int = 1
+    decode_stages: int = 3  # of the cache's rows on their way (cp.async) while others are multiplied
+    decode_stages_int8: int = 1  # an int8 cache's rows are converted first, so they are not fetched ahead
     dot: torch.dtype = torch.bfloat16  # operands of tensor-core products; sums are float32
 
 
@@ -40,7 +41,7 @@ _TABLE: dict[tuple[int, int], Launch] = {
     (8, 0): _DEFAULT,
     (8, 6): _DEFAULT,
     (8, 9): _DEFAULT,
-    (9, 0): replace(_DEFAULT, decode_programs=256),
+    (9, 0): replace(_DEFAULT, decode_programs=132),
     (12, 0): replace(_DEFAULT, decode_programs=256),
 }
 # One program does the work of many: the interpreter's time goes by operations. It multiplies float32 only.

@@ -73,16 +73,16 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
         "SCALE": True, "COUNTED": True, "BLOCK": 256, "TOP_BLOCK": 8,
     }  # fmt: skip
     store = {"RANK": 512, "NOPE": 128, "ROPE": 64, "BLOCK_R": 512, "BLOCK_P": 32}
-    merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 128}
-    merge |= {"BLOCK_N": 128, "BLOCK_M": 32}
+    merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 32}
+    merge |= {"BLOCK_N": 128, "BLOCK_M": 64}
     pair = tile | {"BLOCK_K": knobs.grouped_columns}
     head = {"NOPE": 128, "VALUE": 128}
     folded = head | {"ROPE": 64, "BLOCK_N": knobs.fold_rows, "BLOCK_K": knobs.fold_columns}
     unfolded = head | {"OCTETS": True, "BLOCK_N": knobs.matvec_rows, "BLOCK_K": knobs.unfold_columns}
     mv, mm = (knobs.matvec_warps, 3), (knobs.matmul_warps, knobs.matmul_stages)
-    attention = (knobs.decode_warps, knobs.decode_stages)
     forms = [(name, kind, {"KIND": kind, "GROUP": 64 if kind == 3 else 32}) for kind, name in enumerate(FORMS)]
     caches = (("bf16", {"PACKED": False}), ("int8", {"PACKED": True}))
+    stages = {"bf16": knobs.decode_stages, "int8": knobs.decode_stages_int8}
     return [
         *((f"matvec {name}", matvec.matvec_kernel, form | {"ADD": True} | vector, k, *mv) for name, k, form in forms),
         *((f"matmul {name}", matmul.matmul_kernel, form | tile, k, *mm) for name, k, form in forms),
@@ -118,7 +118,10 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
         ("norm", norm.norm_kernel, {"ADD": True, "OCTETS": True, "BLOCK": 2048}, 0, 4, 3),
         ("router", router.router_kernel, route, 0, 1, 3),
         *((f"latents {name}", latent.latent_kernel, store | cache, 0, 4, 3) for name, cache in caches),
-        *((f"decode {name}", mla_decode.decode_kernel, heads | cache, 0, *attention) for name, cache in caches),
+        *(
+            (f"decode {name}", mla_decode.decode_kernel, heads | cache, 0, knobs.decode_warps, stages[name])
+            for name, cache in caches
+        ),
         ("merge", mla_decode.merge_kernel, merge, 0, 4, 3),
     ]
 
