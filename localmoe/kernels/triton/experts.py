@@ -14,7 +14,7 @@ from torch import Tensor
 
 from localmoe.kernels.triton.launch import Launch
 from localmoe.kernels.triton.unpack import row_products
-from localmoe.kernels.triton.weights import DeviceMatrix
+from localmoe.kernels.triton.weights import DeviceMatrix, vector_knobs
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,16 @@ def add_experts(
     """
     tokens, top = expert_ids.shape
     gate, up, down = stack.gate, stack.up, stack.down
-    common = {"BLOCK_N": launch.matvec_rows, "BLOCK_K": launch.matvec_columns, "num_warps": launch.matvec_warps}
-    gate_up_kernel[(tokens * top, triton.cdiv(gate.out_features, launch.matvec_rows))](
+    knobs = vector_knobs(gate.kind, launch)
+    gate_up_kernel[(tokens * top, triton.cdiv(gate.out_features, knobs["BLOCK_N"]))](
         x, gate.values, gate.scales, up.values, up.scales, gate.table, expert_ids, stack.slots, hidden,
         gate.in_features, gate.out_features, top, x.stride(0), hidden.stride(0), *gate.strides,
-        KIND=gate.kind, GROUP=gate.group, OCTETS=down.octets, **common,
+        KIND=gate.kind, GROUP=gate.group, OCTETS=down.octets, **knobs,
     )  # fmt: skip
-    down_kernel[(tokens, triton.cdiv(down.out_features, launch.matvec_rows))](
+    knobs = vector_knobs(down.kind, launch)
+    down_kernel[(tokens, triton.cdiv(down.out_features, knobs["BLOCK_N"]))](
         hidden, down.values, down.scales, down.table, expert_ids, stack.slots, weights, out,
         down.in_features, down.out_features, top, hidden.stride(0), out.stride(0), *down.strides,
-        KIND=down.kind, GROUP=down.group, FRESH=fresh, **common,
+        KIND=down.kind, GROUP=down.group, FRESH=fresh, **knobs,
     )  # fmt: skip
     return out

@@ -15,9 +15,13 @@ import torch
 class Launch:
     """Rows are of the weight matrix, columns of its input."""
 
-    matvec_rows: int = 8
+    matvec_rows: int = 8  # of a dense matrix times a few vectors
     matvec_columns: int = 1024
     matvec_warps: int = 4
+    packed_rows: int = 4  # of a quantized one: a warp spans a row, so that no threads wait for each other
+    packed_columns: int = 1024  # a thread loads 16 bytes at a time
+    packed_columns_int8: int = 512
+    packed_warps: int = 1
     fold_rows: int = 128  # of a head's k_b: all of it in DeepSeek's models, so that no load waits for another's sum
     fold_columns: int = 64
     fold_warps: int = 4
@@ -48,6 +52,9 @@ _TABLE: dict[tuple[int, int], Launch] = {
 _INTERPRETER = Launch(
     matvec_rows=64,
     matvec_columns=256,
+    packed_rows=64,
+    packed_columns=256,
+    packed_columns_int8=256,
     fold_columns=64,
     unfold_columns=128,
     matmul_tokens=16,

@@ -90,8 +90,8 @@ def merge_kernel(
     RANK: tl.constexpr, SPLITS: tl.constexpr, OCTETS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (row, head, part of the rank). Shares are added `BLOCK_M` at a time, beside each other until the end: one
-    after the other, each would wait for its own loads."""
+    """Programs: (row, head, part of the rank). Shares are loaded `BLOCK_M` at a time (one after the other, each would
+    wait for its own loads) and stay beside each other until the end."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * heads + tl.program_id(1)
     length = tl.load(start) + token + 1

@@ -111,8 +111,8 @@ def _packed_products(
     x, values, scales, table, rows, rows_ok, length,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    words = length // 8
     groups = length // GROUP
+    words = groups * (GROUP // 8)  # known to be a multiple, so that loads are of 16 bytes
     total = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
     for start in range(0, words, BLOCK_K // 8):
         word_at = start + tl.arange(0, BLOCK_K // 8)
