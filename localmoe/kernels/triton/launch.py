@@ -22,6 +22,8 @@ class Launch:
     packed_columns: int = 1024  # a thread loads 16 bytes at a time
     packed_columns_int8: int = 512
     packed_warps: int = 1
+    stack_rows: int = 4  # of a token's experts' down matrices, a warp each, if dense; of quantized ones as above
+    stack_columns: int = 256
     fold_rows: int = 128  # of a head's k_b: all of it in DeepSeek's models, so that no load waits for another's sum
     fold_columns: int = 64
     fold_warps: int = 4
@@ -55,6 +57,7 @@ _INTERPRETER = Launch(
     packed_rows=64,
     packed_columns=256,
     packed_columns_int8=256,
+    stack_rows=64,
     fold_columns=64,
     unfold_columns=128,
     matmul_tokens=16,

@@ -86,6 +86,16 @@ def vector_knobs(kind: int, launch: Launch, columns: int | None = None) -> dict[
     return {"BLOCK_N": rows, "BLOCK_K": columns or usual, "num_warps": warps}
 
 
+def stack_knobs(kind: int, launch: Launch, count: int) -> dict[str, int]:
+    """The same where `count` such matrices, a power of 2, are multiplied beside each other: a warp each."""
+    if count == 1:
+        return vector_knobs(kind, launch)
+    if kind == _DENSE:
+        return {"BLOCK_N": launch.stack_rows, "BLOCK_K": launch.stack_columns, "num_warps": min(count, 8)}
+    knobs = vector_knobs(kind, launch)
+    return knobs | {"num_warps": min(count * knobs["num_warps"], 8)}
+
+
 def upload(weights: Sequence[Weight], device: torch.device) -> DeviceMatrix:
     """Stack matrices of one shape and form on `device`. FP8 becomes bf16. Raises DeviceError for mixed forms, and for
     rows that the kernels cannot read."""

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from localmoe.kernels.triton import absorb, experts, grouped, latent, launch, matmul, matvec, mla_decode, norm, router
-from localmoe.kernels.triton.weights import vector_knobs
+from localmoe.kernels.triton.weights import stack_knobs, vector_knobs
 
 WEIGHTS = {0: ("*bf16", "*fp32"), 1: ("*i32", "*bf16"), 2: ("*i64", "*bf16"), 3: ("*i32", "*fp32")}  # by kind
 FORMS = ("bf16", "int4", "int8", "nf4")  # as the kernels number them
@@ -78,16 +78,18 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
     pair = tile | {"BLOCK_K": knobs.grouped_columns}
     head = {"NOPE": 128, "VALUE": 128}
     folded = head | {"ROPE": 64, "BLOCK_N": knobs.fold_rows, "BLOCK_K": knobs.fold_columns}
+    one, six = ({"FRESH": top == 1, "TOP": top, "TOP_BLOCK": block} for top, block in ((1, 1), (6, 8)))
+    unfolded = head | {"OCTETS": True}
     mm = (knobs.matmul_warps, knobs.matmul_stages)
     forms = [(name, kind, {"KIND": kind, "GROUP": 64 if kind == 3 else 32}) for kind, name in enumerate(FORMS)]
     caches = (("bf16", {"PACKED": False}), ("int8", {"PACKED": True}))
     stages = {"bf16": knobs.decode_stages, "int8": knobs.decode_stages_int8}
 
     def vectors(
-        name: str, kernel: Any, kind: int, constants: dict[str, Any], columns: int | None = None
+        name: str, kernel: Any, kind: int, constants: dict[str, Any], blocks: dict[str, int] | None = None
     ) -> tuple[str, Any, dict[str, Any], int, int, int]:
         """A kernel of a few vectors."""
-        blocks = vector_knobs(kind, knobs, columns)
+        blocks = blocks or vector_knobs(kind, knobs)
         warps = blocks.pop("num_warps")
         return name, kernel, forms[kind][2] | constants | blocks, kind, warps, 3
 
@@ -95,7 +97,8 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
         *(vectors(f"matvec {name}", matvec.matvec_kernel, k, {"ADD": True}) for name, k, _ in forms),
         *((f"matmul {name}", matmul.matmul_kernel, form | tile, k, *mm) for name, k, form in forms),
         *(vectors(f"gate and up {name}", experts.gate_up_kernel, k, {"OCTETS": k > 0}) for name, k, _ in forms),
-        *(vectors(f"down {name}", experts.down_kernel, k, {"FRESH": False}) for name, k, _ in forms),
+        *(vectors(f"down {name}", experts.down_kernel, k, six, stack_knobs(k, knobs, 8)) for name, k, _ in forms),
+        *(vectors(f"shared down {name}", experts.down_kernel, k, one) for name, k, _ in forms),
         *(
             (f"grouped gate and up {name}", grouped.grouped_gate_up_kernel, form | pair, k, *mm)
             for name, k, form in forms
@@ -107,7 +110,7 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
             if name in ("bf16", "int8")
         ),
         *(
-            vectors(f"unfold {name}", absorb.unfold_kernel, k, head | {"OCTETS": True}, knobs.unfold_columns)
+            vectors(f"unfold {name}", absorb.unfold_kernel, k, unfolded, vector_knobs(k, knobs, knobs.unfold_columns))
             for name, k, _ in forms
             if name in ("bf16", "int8")
         ),
