@@ -20,14 +20,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpu_engine
+import gpu_knobs
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from localmoe.kernels.triton.launch import Launch
+    from localmoe.kernels.triton.mla_decode import DecodeWorkspace
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = ("bf16", "int4", "int8", "nf4")  # as the kernels number them
@@ -332,66 +337,86 @@ def matmul(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def experts(bench: Bench) -> Iterator[dict[str, Any]]:
     """gate, up and down of the experts chosen at random, all on the card. Bytes: of the distinct ones."""
-    from localmoe.kernels.triton import experts as kernel
     from localmoe.kernels.triton.launch import launch_for
 
     launch, most = launch_for(bench.device), device_gbps(bench)
-    count, top, hidden, width = bench.sizes.experts
-    slots = torch.arange(count, dtype=torch.int32, device=bench.device)
     for form in FORMS:
-        shapes = ((width, hidden), (width, hidden), (hidden, width))
-        stacks = [kernel.ExpertStack(*(bench.matrix(form, *shape, count) for shape in shapes), slots) for _ in range(2)]
-        one = sum(matrix.nbytes for matrix in (stacks[0].gate, stacks[0].up, stacks[0].down)) / count
+        stacks = expert_stacks(bench, form)
+        one = sum(matrix.nbytes for matrix in (stacks[0].gate, stacks[0].up, stacks[0].down)) / bench.sizes.experts[0]
         for rows in bench.sizes.rows:
-            calls = 2 * max(1, count // (2 * top)) if bench.on_gpu else 2
-            # one row's calls on a stack share no expert, as long as there are enough
-            order = [torch.randperm(count) for _ in range(rows * 2)]
-            ids, distinct = [], 0
-            for call in range(calls):
-                at = call // 2 * top
-                chosen = torch.stack([order[2 * row + call % 2].roll(-at)[:top] for row in range(rows)])
-                distinct += len(chosen.unique())
-                ids.append(chosen.int().to(bench.device))
-            x, out = bench.random(rows, hidden), bench.random(rows, hidden)
-            weights, room = bench.random(rows, top), bench.random(rows * top, width)
+            run, out, calls, distinct = expert_calls(bench, stacks, rows)
+            took = bench.eager_and_graph(partial(run, launch), out, calls)
+            row = {"form": form, "rows": rows, "distinct": distinct}
+            yield row | shares(took, one * distinct, most)
 
-            def run(
-                x: Tensor = x, out: Tensor = out, weights: Tensor = weights, room: Tensor = room,
-                ids: list[Tensor] = ids, stacks: list[Any] = stacks,
-            ) -> None:  # fmt: skip
-                for call, chosen in enumerate(ids):
-                    kernel.add_experts(x, stacks[call % 2], chosen, weights, room, out, launch)
 
-            took = bench.eager_and_graph(run, out, calls)
-            row = {"form": form, "rows": rows, "distinct": distinct / calls}
-            yield row | shares(took, one * distinct / calls, most)
+def expert_stacks(bench: Bench, form: str) -> list[Any]:
+    """A layer's experts, twice."""
+    from localmoe.kernels.triton.experts import ExpertStack
+
+    count, _, hidden, width = bench.sizes.experts
+    slots = torch.arange(count, dtype=torch.int32, device=bench.device)
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    return [ExpertStack(*(bench.matrix(form, *shape, count) for shape in shapes), slots) for _ in range(2)]
+
+
+def expert_calls(bench: Bench, stacks: list[Any], rows: int) -> tuple[Callable[[Launch], None], Tensor, int, float]:
+    """A sweep of calls of some rows, its result, the number of calls and of distinct experts a call."""
+    from localmoe.kernels.triton.experts import add_experts
+
+    count, top, hidden, width = bench.sizes.experts
+    calls = 2 * max(1, count // (2 * top)) if bench.on_gpu else 2
+    # one row's calls on a stack share no expert, as long as there are enough
+    order = [torch.randperm(count) for _ in range(rows * 2)]
+    ids, distinct = [], 0
+    for call in range(calls):
+        at = call // 2 * top
+        chosen = torch.stack([order[2 * row + call % 2].roll(-at)[:top] for row in range(rows)])
+        distinct += len(chosen.unique())
+        ids.append(chosen.int().to(bench.device))
+    x, out = bench.random(rows, hidden), bench.random(rows, hidden)
+    weights, room = bench.random(rows, top), bench.random(rows * top, width)
+
+    def run(launch: Launch) -> None:
+        for call, chosen in enumerate(ids):
+            add_experts(x, stacks[call % 2], chosen, weights, room, out, launch)
+
+    return run, out, calls, distinct / calls
 
 
 def decode(bench: Bench) -> Iterator[dict[str, Any]]:
     """One row's attention over the latent cache. Bytes: the cache's rows once, whatever the number of heads."""
-    from localmoe.kernels.triton import mla_decode as kernel
     from localmoe.kernels.triton.launch import launch_for
+    from localmoe.kernels.triton.mla_decode import new_workspace
 
     launch, most = launch_for(bench.device), device_gbps(bench)
-    rank, rope, nope = bench.sizes.latent
     for context in bench.sizes.contexts:
         for form in ("bf16", "int8"):
             caches = latent_caches(bench, form, context)
             for heads in bench.sizes.heads:
-                q_latent, q = bench.random(1, heads, rank), bench.random(1, heads, nope + rope)
-                start = torch.tensor([context - 1], dtype=torch.int32, device=bench.device)
-                room, out = kernel.new_workspace(1, heads, rank, launch, bench.device), torch.empty_like(q_latent)
-
-                def run(
-                    q_latent: Tensor = q_latent, q: Tensor = q, start: Tensor = start, out: Tensor = out,
-                    room: kernel.DecodeWorkspace = room, caches: list[Tensor] = caches,
-                ) -> None:  # fmt: skip
-                    for cache in caches:
-                        kernel.attend(q_latent, q, cache, start, room, out, launch, nope=nope, scale=0.05)
-
-                took = bench.eager_and_graph(run, out, len(caches))
+                room = new_workspace(1, heads, bench.sizes.latent[0], launch, bench.device)
+                run, out = attention_calls(bench, caches, context, heads)
+                took = bench.eager_and_graph(partial(run, launch, room), out, len(caches))
                 row = {"context": context, "cache": form, "heads": heads}
                 yield row | shares(took, caches[0].nbytes, most)
+
+
+def attention_calls(
+    bench: Bench, caches: list[Tensor], context: int, heads: int
+) -> tuple[Callable[[Launch, DecodeWorkspace], None], Tensor]:
+    """A sweep over the caches, and its last result."""
+    from localmoe.kernels.triton.mla_decode import attend
+
+    rank, rope, nope = bench.sizes.latent
+    q_latent, q = bench.random(1, heads, rank), bench.random(1, heads, nope + rope)
+    start = torch.tensor([context - 1], dtype=torch.int32, device=bench.device)
+    out = torch.empty_like(q_latent)
+
+    def run(launch: Launch, room: DecodeWorkspace) -> None:
+        for cache in caches:
+            attend(q_latent, q, cache, start, room, out, launch, nope=nope, scale=0.05)
+
+    return run, out
 
 
 def latent_caches(bench: Bench, form: str, context: int) -> list[Tensor]:
@@ -414,7 +439,7 @@ def run(name: str, device: str) -> None:
     sections: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
         "environment": environment, "extension": extension, "bandwidth": bandwidth, "matvec": matvec,
         "matmul": matmul, "experts": experts, "decode": decode, "check-engine": gpu_engine.check_engine,
-        "engine": gpu_engine.engine,
+        "engine": gpu_engine.engine, "knobs": gpu_knobs.knobs,
     }  # fmt: skip
     rows = sections[name](bench) if name in sections else check(bench, name.removeprefix("check-"))
     for row in rows:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,7 @@ def gpu_check(*arguments: str) -> tuple[int, list[str], dict[str, Any]]:
     ("name", "count", "figures"),
     [
         ("bandwidth", 3, ("gbps",)),
+        ("knobs", 25, ("gain",)),
         ("matvec", 4, ("eager_us", "gbps", "share")),
         ("matmul", 5, ("eager_us", "tflops")),
         ("experts", 4, ("eager_us", "gbps", "share")),
@@ -51,7 +53,7 @@ def gpu_check(*arguments: str) -> tuple[int, list[str], dict[str, Any]]:
     ],
 )
 def test_timings(name: str, count: int, figures: tuple[str, ...], sections: ModuleType) -> None:
-    of = sections if hasattr(sections, name) else sections.gpu_engine
+    of = next(each for each in (sections, sections.gpu_engine, sections.gpu_knobs) if hasattr(each, name))
     rows = list(getattr(of, name)(sections.Bench("cpu")))
     assert len(rows) == count
     for row in rows:
@@ -69,6 +71,22 @@ def test_a_case_that_fails_is_a_row(sections: ModuleType, monkeypatch: pytest.Mo
     monkeypatch.setattr(sections, "load_cases", lambda: cases)
     rows = list(sections.check(sections.Bench("cpu"), "norm"))
     assert rows == [{"case": "a", "error": "AssertionError: off on cpu"}, {"case": "b"}]
+
+
+@needs_no_gpu
+def test_a_launch_that_does_not_fit_is_a_row(sections: ModuleType) -> None:
+    out = torch.zeros(1)
+
+    def prepare(launch: Any) -> Any:
+        if launch.fold_rows == 512:
+            raise RuntimeError("out of\nregisters")
+        return lambda: time.sleep(0.04 if launch.fold_rows == 16 else 0.01), out, 1
+
+    changes = [{"fold_rows": 512}, {"fold_rows": 16}]
+    default, refused, slow = sections.gpu_knobs.compared(sections.Bench("cpu"), "fold", changes, prepare)
+    assert (default["change"], default["gain"]) == ("default", 1.0)
+    assert refused == {"what": "fold", "change": "fold_rows 512", "skipped": "RuntimeError: out of registers"}
+    assert slow["gain"] < 1
 
 
 @needs_no_gpu

@@ -39,6 +39,24 @@ class Prompts:
     stream_from: float
 
 
+class Coming:
+    """Tensors on their way to CPU memory, which is pinned, so that the host need not wait before it wants them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        on_card = tensors[0].is_cuda
+        room = [torch.empty(each.shape, dtype=each.dtype, pin_memory=on_card) for each in tensors]
+        self._tensors = [to.copy_(each, non_blocking=True) for to, each in zip(room, tensors, strict=True)]
+        self._event = torch.cuda.Event() if on_card else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
+
+    def arrived(self) -> list[Tensor]:
+        """Them, when they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
+
+
 class LayerExperts:
     """One layer's. `on_card` are its experts with a slot each, by the slots' numbers, and `memory` uint8
     [slots, bytes] all layers' slots."""
@@ -124,21 +142,24 @@ class LayerExperts:
         if self._cpu is not None:
             self._handoff.collect(delta)
 
-    def many(self, x: Tensor, expert_ids: Tensor, weights: Tensor, out: Tensor) -> None:
+    def many(self, x: Tensor, expert_ids: Tensor, weights: Tensor, shared: Callable[[], Tensor]) -> Tensor:
         """All experts of a long pass: the card's by groups of tokens, the others carried there too if the pass is long
-        enough, or else by the CPU's own kernels for many rows, meanwhile."""
+        enough, or else by the CPU's own kernels for many rows, meanwhile. See
+        `localmoe.model.card.mlp.RoutedExperts`."""
         tokens, k = expert_ids.shape
         carried = tokens >= self._prompts.stream_from
         if self._cpu is not None:
-            known_ids = expert_ids.cpu().long()  # waits for the card
-            known = None if carried else (x.cpu(), weights.cpu())  # before the card gets more to do
+            coming = Coming(expert_ids) if carried else Coming(expert_ids, x, weights)
+        out = shared()
         blocks = sort_pairs(expert_ids, len(self.uses), self._launch)
         products = torch.zeros(tokens * k, x.shape[1], device=x.device)
         if self._stack is not None:
             self._grouped(self._stack, x, blocks, weights, products)
         if self._cpu is not None:
             away = self.table.of_expert < 0
-            if known is None:
+            known_ids, *known = coming.arrived()
+            known_ids = known_ids.long()
+            if carried:
                 experts = used_experts(known_ids, away)
                 for stack in self._prompts.streamer.groups(self._look_up, experts, len(self.uses)):
                     self._grouped(stack, x, blocks, weights, products)
@@ -146,6 +167,7 @@ class LayerExperts:
                 ids = torch.where(away[known_ids], known_ids, -1)
                 out += self._cpu(known[0], ids, known[1]).to(x.device)
         out += products.view(tokens, k, -1).sum(1)
+        return out
 
     def _grouped(self, stack: ExpertStack, x: Tensor, blocks: Blocks, weights: Tensor, products: Tensor) -> None:
         inner = torch.empty(len(products), stack.gate.out_features, dtype=self._launch.dot, device=x.device)

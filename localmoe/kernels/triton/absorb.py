@@ -11,7 +11,7 @@ from torch import Tensor
 
 from localmoe.kernels.triton.launch import Launch
 from localmoe.kernels.triton.unpack import row_products, tile
-from localmoe.kernels.triton.weights import DeviceMatrix
+from localmoe.kernels.triton.weights import DeviceMatrix, vector_knobs
 
 
 @triton.jit
@@ -77,9 +77,9 @@ def unfold_values(
     """out[t, a * v :][:v] = v_b[a] attended[t, a]: attended float32 [T, A, r], in octets unless kv_b is dense; out
     float32 [T, A * v], in octets (over the whole row) if asked for: 8 must divide A * v then."""
     tokens, heads, rank = attended.shape
-    unfold_kernel[(tokens, heads, triton.cdiv(value, launch.matvec_rows))](
+    knobs = vector_knobs(kv_b.kind, launch, launch.unfold_columns)
+    unfold_kernel[(tokens, heads, triton.cdiv(value, knobs["BLOCK_N"]))](
         attended, kv_b.values, kv_b.scales, kv_b.table, out, heads, rank, out.stride(0),
-        KIND=kv_b.kind, GROUP=kv_b.group, NOPE=nope, VALUE=value, OCTETS=octets,
-        BLOCK_N=launch.matvec_rows, BLOCK_K=launch.unfold_columns, num_warps=launch.matvec_warps,
+        KIND=kv_b.kind, GROUP=kv_b.group, NOPE=nope, VALUE=value, OCTETS=octets, **knobs,
     )  # fmt: skip
     return out

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from localmoe.kernels.triton.launch import Launch
-from localmoe.kernels.triton.unpack import row_products
-from localmoe.kernels.triton.weights import DeviceMatrix
+from localmoe.kernels.triton.unpack import row_products, stack_products
+from localmoe.kernels.triton.weights import DeviceMatrix, stack_knobs, vector_knobs
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,28 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    hidden, down, down_scales, table, expert_ids, slots, weights, out, length, height, top, hidden_stride, out_stride,
+    hidden, down, down_scales, table, expert_ids, slots, weights, out, length, height, hidden_stride, out_stride,
     slot_stride, scales_stride,
-    KIND: tl.constexpr, GROUP: tl.constexpr, FRESH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, FRESH: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (token, block of rows). Adds the token's experts to `out`, or to 0, in the order they are named."""
+    """Programs: (token, block of rows). Adds the token's experts to `out`, or to 0, in an order that no other token and
+    no other expert's slot changes. They are beside each other in the block: nobody's loads wait for another's sum."""
     token = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_ok = rows < height
     target = out + token * out_stride + rows
     total = tl.zeros((BLOCK_N,), tl.float32) if FRESH else tl.load(target, mask=rows_ok, other=0.0)
-    for choice in range(top):
-        pair = token * top + choice
-        slot = tl.load(slots + tl.load(expert_ids + pair)).to(tl.int64)
-        if slot >= 0:
-            product = row_products(
-                hidden + pair * hidden_stride, down + slot * slot_stride, down_scales + slot * scales_stride, table,
-                rows.to(tl.int64), rows_ok, length, KIND, GROUP, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            total += tl.load(weights + pair) * product
-    tl.store(target, total, mask=rows_ok)
+    choice = tl.arange(0, TOP_BLOCK)
+    named = choice < TOP
+    weight = tl.load(weights + token * TOP + choice, mask=named, other=0.0)
+    expert = tl.load(expert_ids + token * TOP + choice, mask=named, other=0)
+    slot = tl.load(slots + expert, mask=named, other=-1).to(tl.int64)
+    products = stack_products(
+        hidden + token * TOP * hidden_stride, down, down_scales, table, slot, rows.to(tl.int64), rows_ok, length,
+        hidden_stride, slot_stride, scales_stride, KIND, GROUP, TOP_BLOCK, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    tl.store(target, total + tl.sum(products * weight[None, :], axis=1), mask=rows_ok)
 
 
 def add_experts(
@@ -96,15 +98,17 @@ def add_experts(
     """
     tokens, top = expert_ids.shape
     gate, up, down = stack.gate, stack.up, stack.down
-    common = {"BLOCK_N": launch.matvec_rows, "BLOCK_K": launch.matvec_columns, "num_warps": launch.matvec_warps}
-    gate_up_kernel[(tokens * top, triton.cdiv(gate.out_features, launch.matvec_rows))](
+    knobs = vector_knobs(gate.kind, launch)
+    gate_up_kernel[(tokens * top, triton.cdiv(gate.out_features, knobs["BLOCK_N"]))](
         x, gate.values, gate.scales, up.values, up.scales, gate.table, expert_ids, stack.slots, hidden,
         gate.in_features, gate.out_features, top, x.stride(0), hidden.stride(0), *gate.strides,
-        KIND=gate.kind, GROUP=gate.group, OCTETS=down.octets, **common,
+        KIND=gate.kind, GROUP=gate.group, OCTETS=down.octets, **knobs,
     )  # fmt: skip
-    down_kernel[(tokens, triton.cdiv(down.out_features, launch.matvec_rows))](
+    block = triton.next_power_of_2(top)
+    knobs = stack_knobs(down.kind, launch, block)
+    down_kernel[(tokens, triton.cdiv(down.out_features, knobs["BLOCK_N"]))](
         hidden, down.values, down.scales, down.table, expert_ids, stack.slots, weights, out,
-        down.in_features, down.out_features, top, hidden.stride(0), out.stride(0), *down.strides,
-        KIND=down.kind, GROUP=down.group, FRESH=fresh, **common,
+        down.in_features, down.out_features, hidden.stride(0), out.stride(0), *down.strides,
+        KIND=down.kind, GROUP=down.group, FRESH=fresh, TOP=top, TOP_BLOCK=block, **knobs,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from localmoe.kernels.triton.launch import Launch
 from localmoe.kernels.triton.unpack import row_products
-from localmoe.kernels.triton.weights import DeviceMatrix
+from localmoe.kernels.triton.weights import DeviceMatrix, vector_knobs
 
 
 @triton.jit
@@ -35,12 +35,11 @@ def matvec(x: Tensor, matrix: DeviceMatrix, out: Tensor, launch: Launch, addend:
     `addend` float32 [T, out] may be `out` itself, or [out], a bias. `out` may be a slice of wider rows.
     """
     added = out if addend is None else addend
-    grid = (x.shape[0], triton.cdiv(matrix.out_features, launch.matvec_rows))
-    matvec_kernel[grid](
+    knobs = vector_knobs(matrix.kind, launch)
+    matvec_kernel[(x.shape[0], triton.cdiv(matrix.out_features, knobs["BLOCK_N"]))](
         x, matrix.values, matrix.scales, matrix.table, added, out, matrix.in_features, matrix.out_features,
         x.stride(0), added.stride(0) if added.ndim == 2 else 0, out.stride(0),
-        KIND=matrix.kind, GROUP=matrix.group, ADD=addend is not None, BLOCK_N=launch.matvec_rows,
-        BLOCK_K=launch.matvec_columns, num_warps=launch.matvec_warps,
+        KIND=matrix.kind, GROUP=matrix.group, ADD=addend is not None, **knobs,
     )  # fmt: skip
     return out
 

@@ -18,7 +18,8 @@ from localmoe.kernels.triton.launch import Launch
 from localmoe.kernels.triton.weights import triton_dtype
 
 _HEADS = 16  # that share a latent row once it is loaded: the least a tensor core multiplies
-_MERGED = 128  # of the rank, by a program that merges shares
+_MERGED = 32  # of the rank, by a program that merges shares
+_SHARES = 64  # that it loads at a time
 
 
 @triton.jit
@@ -89,8 +90,8 @@ def merge_kernel(
     RANK: tl.constexpr, SPLITS: tl.constexpr, OCTETS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (row, head, part of the rank). Shares are added `BLOCK_M` at a time: one after the other, each would
-    wait for its own loads."""
+    """Programs: (row, head, part of the rank). Shares are loaded `BLOCK_M` at a time (one after the other, each would
+    wait for its own loads) and stay beside each other until the end."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * heads + tl.program_id(1)
     length = tl.load(start) + token + 1
@@ -102,7 +103,7 @@ def merge_kernel(
     total = tl.sum(tl.load(sums + row * SPLITS + every, mask=every < shares, other=0.0) * tl.exp(own - top), axis=0)
     at = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = at < RANK
-    mixed = tl.zeros((BLOCK_R,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in range(0, shares, BLOCK_M):
         some = first + tl.arange(0, BLOCK_M)
         there = some < shares
@@ -111,9 +112,9 @@ def merge_kernel(
         latent = tl.load(
             partial + place[:, None] * RANK + at[None, :], mask=there[:, None] & inside[None, :], other=0.0
         )
-        mixed += tl.sum(latent * grow[:, None], axis=0)
+        mixed += latent * grow[:, None]
     place = (at % 8) * (RANK // 8) + at // 8 if OCTETS else at
-    tl.store(out + row * RANK + place, mixed / total, mask=inside)
+    tl.store(out + row * RANK + place, tl.sum(mixed, axis=0) / total, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,12 @@ def attend(
         heads, q.stride(0), cache.stride(0), scale,
         RANK=rank, NOPE=nope, ROPE=rope, PACKED=packed, SPLITS=splits, BLOCK_H=_HEADS, BLOCK_S=launch.decode_keys,
         BLOCK_R=block_r, BLOCK_P=max(16, triton.next_power_of_2(rope)), DOT=triton_dtype(launch.dot),
-        num_warps=launch.decode_warps, num_stages=launch.decode_stages,
+        num_warps=launch.decode_warps, num_stages=launch.decode_stages_int8 if packed else launch.decode_stages,
     )  # fmt: skip
     block_r = min(_MERGED, block_r)
     merge_kernel[(tokens, heads, triton.cdiv(rank, block_r))](
         workspace.partial, workspace.largest, workspace.sums, start, out, heads,
         RANK=rank, SPLITS=splits, OCTETS=octets, BLOCK_S=launch.decode_keys, BLOCK_R=block_r,
-        BLOCK_N=triton.next_power_of_2(splits), BLOCK_M=min(32, triton.next_power_of_2(splits)), num_warps=4,
+        BLOCK_N=triton.next_power_of_2(splits), BLOCK_M=min(_SHARES, triton.next_power_of_2(splits)), num_warps=4,
     )  # fmt: skip
     return out

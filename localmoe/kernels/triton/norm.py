@@ -20,8 +20,9 @@ def norm_kernel(
     if ADD:
         value += tl.load(delta + row * delta_stride + at, mask=known, other=0.0).to(tl.float32)
         tl.store(x + row * x_stride + at, value, mask=known)
+    gain = tl.load(weight + at, mask=known, other=0.0).to(tl.float32)  # on its way while the threads meet for the sum
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / width + epsilon)
-    value = value * scale * tl.load(weight + at, mask=known, other=0.0).to(tl.float32)
+    value = value * scale * gain
     tl.store(out + row * out_stride + at, value, mask=known)
     if OCTETS:
         tl.store(octets + row * octets_stride + (at % 8) * (width // 8) + at // 8, value, mask=known)

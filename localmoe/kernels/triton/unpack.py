@@ -111,8 +111,8 @@ def _packed_products(
     x, values, scales, table, rows, rows_ok, length,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    words = length // 8
     groups = length // GROUP
+    words = groups * (GROUP // 8)  # known to be a multiple, so that loads are of 16 bytes
     total = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
     for start in range(0, words, BLOCK_K // 8):
         word_at = start + tl.arange(0, BLOCK_K // 8)
@@ -126,3 +126,47 @@ def _packed_products(
             part += element(word, table, i, KIND) * tl.load(x + i * words + word_at, mask=known, other=0.0)[None, :]
         total += part * scale.to(tl.float32)
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def stack_products(
+    x, values, scales, table, slots, rows, rows_ok, length, x_stride, slot_stride, scales_stride,
+    KIND: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_N, COUNT]: the same rows of some matrices of a stack, each times a vector of its own, x's rows.
+
+    Summed as by `row_products`. `slots` int64 [COUNT] says which matrices: where it is negative nothing is loaded, and
+    the products are 0.
+    """
+    there = slots >= 0
+    own = tl.where(there, slots, 0)
+    mine = x + tl.arange(0, COUNT)[:, None] * x_stride
+    if KIND == DENSE:
+        at = (own * slot_stride)[None, :, None] + rows[:, None, None] * length
+        total = tl.zeros((BLOCK_N, COUNT, BLOCK_K), tl.float32)
+        for start in range(0, length, BLOCK_K):
+            columns = start + tl.arange(0, BLOCK_K)
+            known = there[:, None] & (columns < length)[None, :]
+            inside = rows_ok[:, None, None] & known[None, :, :]
+            weight = tl.load(values + at + columns[None, None, :], mask=inside, other=0.0)
+            vector = tl.load(mine + columns[None, :], mask=known, other=0.0)
+            total += weight.to(tl.float32) * vector.to(tl.float32)[None, :, :]
+    else:
+        groups = length // GROUP
+        words = groups * (GROUP // 8)
+        at = (own * slot_stride)[None, :, None] + rows[:, None, None] * words
+        scale_at = (own * scales_stride)[None, :, None] + rows[:, None, None] * groups
+        total = tl.zeros((BLOCK_N, COUNT, BLOCK_K // 8), tl.float32)
+        for start in range(0, words, BLOCK_K // 8):
+            word_at = start + tl.arange(0, BLOCK_K // 8)
+            known = there[:, None] & (word_at < words)[None, :]
+            inside = rows_ok[:, None, None] & known[None, :, :]
+            word = tl.load(values + at + word_at[None, None, :], mask=inside, other=0)
+            group_at = word_at // (GROUP // 8)
+            scale = tl.load(scales + scale_at + group_at[None, None, :], mask=inside, other=0.0)
+            part = tl.zeros((BLOCK_N, COUNT, BLOCK_K // 8), tl.float32)
+            for i in tl.static_range(8):
+                vector = tl.load(mine + i * words + word_at[None, :], mask=known, other=0.0)
+                part += element(word, table, i, KIND) * vector[None, :, :]
+            total += part * scale.to(tl.float32)
+    return tl.sum(total, axis=2)

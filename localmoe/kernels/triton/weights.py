@@ -13,6 +13,7 @@ from localmoe.errors import DeviceError
 from localmoe.formats import nf4
 from localmoe.formats.scheme import NF4_BLOCK
 from localmoe.formats.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Nf4Weight, Weight, dequantize
+from localmoe.kernels.triton.launch import Launch
 
 _DENSE, _INT4, _INT8, _NF4 = range(4)  # as unpack.py numbers them
 _ALIGNED = 16  # what a program loads at a time
@@ -72,6 +73,27 @@ class DeviceMatrix:
         self.values[rows].copy_(values, non_blocking=True)
         if self.octets:
             self.scales[rows].copy_(scales, non_blocking=True)
+
+
+def vector_knobs(kind: int, launch: Launch, columns: int | None = None) -> dict[str, int]:
+    """A program's rows, columns and warps where a matrix of this kind is multiplied with a few vectors. `columns`
+    instead of the usual number, for short rows."""
+    if kind == _DENSE:
+        rows, usual, warps = launch.matvec_rows, launch.matvec_columns, launch.matvec_warps
+    else:
+        usual = launch.packed_columns_int8 if kind == _INT8 else launch.packed_columns
+        rows, warps = launch.packed_rows, launch.packed_warps
+    return {"BLOCK_N": rows, "BLOCK_K": columns or usual, "num_warps": warps}
+
+
+def stack_knobs(kind: int, launch: Launch, count: int) -> dict[str, int]:
+    """The same where `count` such matrices, a power of 2, are multiplied beside each other: a warp each."""
+    if count == 1:
+        return vector_knobs(kind, launch)
+    if kind == _DENSE:
+        return {"BLOCK_N": launch.stack_rows, "BLOCK_K": launch.stack_columns, "num_warps": min(count, 8)}
+    knobs = vector_knobs(kind, launch)
+    return knobs | {"num_warps": min(count * knobs["num_warps"], 8)}
 
 
 def upload(weights: Sequence[Weight], device: torch.device) -> DeviceMatrix:

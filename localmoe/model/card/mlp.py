@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -49,8 +50,9 @@ class RoutedExperts(Protocol):
         """Add what was submitted to `delta` [T, H]."""
         ...
 
-    def many(self, x: Tensor, expert_ids: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Add all experts of any number of rows: x and out float32 [T, H]."""
+    def many(self, x: Tensor, expert_ids: Tensor, weights: Tensor, shared: Callable[[], Tensor]) -> Tensor:
+        """What `shared` makes plus all experts of any number of rows: x float32 [T, H] -> [T, H]. What the CPU needs to
+        know is on its way there before `shared` gives the card more to do."""
         ...
 
 
@@ -133,9 +135,10 @@ class CardMoE:
         ids = torch.empty(len(x), self._config.num_experts_per_tok, dtype=torch.int32, device=x.device)
         weights = torch.empty(ids.shape, device=x.device)
         self._route(logits, ids, weights)
-        out = torch.zeros_like(x) if self._shared is None else self._shared.many(x, launch)
-        self._experts.many(x, ids, weights, out)
-        return out
+        shared = self._shared
+        return self._experts.many(
+            x, ids, weights, lambda: torch.zeros_like(x) if shared is None else shared.many(x, launch)
+        )
 
     def _route(self, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
         config = self._config

@@ -178,6 +178,7 @@ class CardModel:
         self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
         self._staged = torch.empty(MOST_ROWS, config.hidden_size, pin_memory=pinned)
         self._staged_start = torch.empty(1, dtype=torch.int32, pin_memory=pinned)
+        self._logits = torch.empty(MOST_ROWS if self._whole else 0, config.vocab_size, pin_memory=pinned)
         self._card_time, self._head_time = kernels.profile.part("card"), kernels.profile.part("head")
 
     @property
@@ -194,10 +195,10 @@ class CardModel:
         if self._whole and len(token_ids) <= MOST_ROWS:
             self._few(token_ids, cache)
             cache.advance(len(token_ids))
-            logits = self._rows.logits[: len(token_ids)]
             with self._card_time:
                 self._wait()
-                return (logits[-1:] if last_only else logits).to("cpu", copy=True)
+            logits = self._logits[: len(token_ids)]
+            return (logits[-1:] if last_only else logits).clone()
         states = self._states(token_ids, cache)
         return self.logits(states[-1:] if last_only else states)
 
@@ -263,7 +264,7 @@ class CardModel:
             self._replay(count, lambda: self._body(count))
 
     def _body(self, count: int, mark: Mark = UNMARKED) -> None:
-        """What a CUDA graph replays: it reads `rows.stream` and `rows.start`."""
+        """What a CUDA graph replays: it reads `rows.stream` and `rows.start`, and leaves the logits in CPU memory."""
         rows, epsilon = self._rows, self.config.rms_norm_eps
         for layer in self._layers:
             latents, first = self._latents.rows[layer.index], layer is self._layers[0]
@@ -278,6 +279,8 @@ class CardModel:
         assert isinstance(self._head, CardLinear)
         self._head.few(states, rows.logits[:count], self._launch)
         mark("head")
+        self._logits[:count].copy_(rows.logits[:count], non_blocking=True)
+        mark(COPIES)
 
     def split(self, token_ids: Sequence[int], cache: LatentCache) -> Split:
         """Seconds by part of what the card does for a decoded token, from a pass for each of `token_ids`, each as if it
@@ -319,8 +322,9 @@ class CardModel:
         rows.start.copy_(self._staged_start, non_blocking=True)
         mark(COPIES)
         self._body(1, mark)
-        (rows.logits[:1] if self._whole else rows.stream[:1]).to("cpu", copy=True)
-        mark(COPIES)
+        if not self._whole:
+            rows.stream[:1].to("cpu", copy=True)
+            mark(COPIES)
 
     def _many(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """The card's part of a longer pass: [T, H] on the card."""

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from localmoe.kernels.triton import absorb, experts, grouped, latent, launch, matmul, matvec, mla_decode, norm, router
+from localmoe.kernels.triton.weights import stack_knobs, vector_knobs
 
 WEIGHTS = {0: ("*bf16", "*fp32"), 1: ("*i32", "*bf16"), 2: ("*i64", "*bf16"), 3: ("*i32", "*fp32")}  # by kind
 FORMS = ("bf16", "int4", "int8", "nf4")  # as the kernels number them
@@ -57,7 +58,6 @@ def signature(kernel: Any, constants: dict[str, Any], kind: int) -> dict[str, st
 def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
     """Name, kernel, constants, kind of weights, warps, stages."""
     knobs = launch.Launch()
-    vector = {"BLOCK_N": knobs.matvec_rows, "BLOCK_K": knobs.matvec_columns}
     tile = {
         "BLOCK_M": knobs.matmul_tokens,
         "BLOCK_N": knobs.matmul_rows,
@@ -73,24 +73,32 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
         "SCALE": True, "COUNTED": True, "BLOCK": 256, "TOP_BLOCK": 8,
     }  # fmt: skip
     store = {"RANK": 512, "NOPE": 128, "ROPE": 64, "BLOCK_R": 512, "BLOCK_P": 32}
-    merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 128}
-    merge |= {"BLOCK_N": 128, "BLOCK_M": 32}
+    merge = {"RANK": 512, "SPLITS": 128, "OCTETS": True, "BLOCK_S": knobs.decode_keys, "BLOCK_R": 32}
+    merge |= {"BLOCK_N": 128, "BLOCK_M": 64}
     pair = tile | {"BLOCK_K": knobs.grouped_columns}
     head = {"NOPE": 128, "VALUE": 128}
     folded = head | {"ROPE": 64, "BLOCK_N": knobs.fold_rows, "BLOCK_K": knobs.fold_columns}
-    unfolded = head | {"OCTETS": True, "BLOCK_N": knobs.matvec_rows, "BLOCK_K": knobs.unfold_columns}
-    mv, mm = (knobs.matvec_warps, 3), (knobs.matmul_warps, knobs.matmul_stages)
-    attention = (knobs.decode_warps, knobs.decode_stages)
+    one, six = ({"FRESH": top == 1, "TOP": top, "TOP_BLOCK": block} for top, block in ((1, 1), (6, 8)))
+    unfolded = head | {"OCTETS": True}
+    mm = (knobs.matmul_warps, knobs.matmul_stages)
     forms = [(name, kind, {"KIND": kind, "GROUP": 64 if kind == 3 else 32}) for kind, name in enumerate(FORMS)]
     caches = (("bf16", {"PACKED": False}), ("int8", {"PACKED": True}))
+    stages = {"bf16": knobs.decode_stages, "int8": knobs.decode_stages_int8}
+
+    def vectors(
+        name: str, kernel: Any, kind: int, constants: dict[str, Any], blocks: dict[str, int] | None = None
+    ) -> tuple[str, Any, dict[str, Any], int, int, int]:
+        """A kernel of a few vectors."""
+        blocks = blocks or vector_knobs(kind, knobs)
+        warps = blocks.pop("num_warps")
+        return name, kernel, forms[kind][2] | constants | blocks, kind, warps, 3
+
     return [
-        *((f"matvec {name}", matvec.matvec_kernel, form | {"ADD": True} | vector, k, *mv) for name, k, form in forms),
+        *(vectors(f"matvec {name}", matvec.matvec_kernel, k, {"ADD": True}) for name, k, _ in forms),
         *((f"matmul {name}", matmul.matmul_kernel, form | tile, k, *mm) for name, k, form in forms),
-        *(
-            (f"gate and up {name}", experts.gate_up_kernel, form | {"OCTETS": k > 0} | vector, k, *mv)
-            for name, k, form in forms
-        ),
-        *((f"down {name}", experts.down_kernel, form | {"FRESH": False} | vector, k, *mv) for name, k, form in forms),
+        *(vectors(f"gate and up {name}", experts.gate_up_kernel, k, {"OCTETS": k > 0}) for name, k, _ in forms),
+        *(vectors(f"down {name}", experts.down_kernel, k, six, stack_knobs(k, knobs, 8)) for name, k, _ in forms),
+        *(vectors(f"shared down {name}", experts.down_kernel, k, one) for name, k, _ in forms),
         *(
             (f"grouped gate and up {name}", grouped.grouped_gate_up_kernel, form | pair, k, *mm)
             for name, k, form in forms
@@ -102,8 +110,8 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
             if name in ("bf16", "int8")
         ),
         *(
-            (f"unfold {name}", absorb.unfold_kernel, form | unfolded, k, *mv)
-            for name, k, form in forms
+            vectors(f"unfold {name}", absorb.unfold_kernel, k, unfolded, vector_knobs(k, knobs, knobs.unfold_columns))
+            for name, k, _ in forms
             if name in ("bf16", "int8")
         ),
         ("grouped gate and up int4 g128", grouped.grouped_gate_up_kernel, {"KIND": 1, "GROUP": 128} | tile, 1, *mm),
@@ -118,28 +126,32 @@ def cases() -> list[tuple[str, Any, dict[str, Any], int, int, int]]:
         ("norm", norm.norm_kernel, {"ADD": True, "OCTETS": True, "BLOCK": 2048}, 0, 4, 3),
         ("router", router.router_kernel, route, 0, 1, 3),
         *((f"latents {name}", latent.latent_kernel, store | cache, 0, 4, 3) for name, cache in caches),
-        *((f"decode {name}", mla_decode.decode_kernel, heads | cache, 0, *attention) for name, cache in caches),
+        *(
+            (f"decode {name}", mla_decode.decode_kernel, heads | cache, 0, knobs.decode_warps, stages[name])
+            for name, cache in caches
+        ),
         ("merge", mla_decode.merge_kernel, merge, 0, 4, 3),
     ]
 
 
-def spilled(ptx: str, capability: int) -> int | None:
-    """Bytes of registers spilled, as ptxas says, or None where it cannot be asked."""
+def registers(ptx: str, capability: int) -> dict[str, int | None]:
+    """A thread's registers and the bytes of them spilled, as ptxas says, or None where it cannot be asked."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if capability >= 100 else "ptxas")
     architecture = re.search(r"\.target (\w+)", ptx)
     if not ptxas.exists() or architecture is None:
-        return None
+        return {"registers": None, "spilled": None}
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [str(ptxas), "-v", f"-arch={architecture[1]}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True).stderr
-    found = re.search(r"(\d+) bytes spill stores", said)
-    return int(found[1]) if found else None
+    patterns = {"registers": r"Used (\d+) registers", "spilled": r"(\d+) bytes spill stores"}
+    found = {name: re.search(pattern, said) for name, pattern in patterns.items()}
+    return {name: int(number[1]) if number else None for name, number in found.items()}
 
 
 def compiled(case: tuple[str, Any, dict[str, Any], int, int, int], capability: int) -> dict[str, Any]:
-    """Name, capability, bytes of the cubin, bytes of shared memory a program takes, bytes of registers spilled."""
+    """Name, capability, bytes of the cubin and of a program's shared memory, a thread's registers, bytes spilled."""
     name, kernel, constants, kind, warps, stages = case
     types = signature(kernel, constants, kind)
     aligned = {
@@ -151,7 +163,7 @@ def compiled(case: tuple[str, Any, dict[str, Any], int, int, int], capability: i
     options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     found = {"name": name, "capability": capability, "bytes": len(made.asm["cubin"])}
-    return found | {"shared": made.metadata.shared, "spilled": spilled(made.asm["ptx"], capability)}
+    return found | {"shared": made.metadata.shared} | registers(made.asm["ptx"], capability)
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -17,8 +17,8 @@ import pytest
 MOST_SHARED = 99 << 10
 WANTED = (
     "matvec bf16@80", "matvec nf4@120", "matmul int8@89", "gate and up int4@86", "down int4@90", "norm@86", "router@80",
-    "latents int8@90", "decode int8@120", "merge@89", "grouped gate and up int4@86", "grouped down nf4@89",
-    "fold int8@80", "unfold bf16@120", "fold int8 g128@89",
+    "latents int8@90", "decode int8@120", "decode bf16@86", "merge@89", "grouped gate and up int4@86",
+    "grouped down nf4@89", "fold int8@80", "unfold bf16@120", "fold int8 g128@89", "shared down int8@86",
 )  # fmt: skip
 
 
