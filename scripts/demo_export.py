@@ -52,7 +52,7 @@ def export(model: Model, tokenizer: Tokenizer, out: Path) -> None:
     )  # fmt: skip
     special = {"bos_token_id": tokenizer.token_to_id(BEGIN), "eos_token_id": tokenizer.token_to_id(END)}
     # A small model that copies would fall into saying the same again and again
-    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.15}
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.05}
     write(out / "generation_config.json", special | sampling)
 
 

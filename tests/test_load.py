@@ -32,6 +32,8 @@ from localmoe.session import CachedTokens
 from localmoe.store import ModelRef, Resolved
 
 DEMO = Path(localmoe.__file__).parent / "data" / "demo"
+WRITTEN = json.loads((DEMO / "generation_config.json").read_text())
+ADVISED = {name: WRITTEN[name] for name in ("temperature", "top_p", "repetition_penalty")}
 CHAT = [{"role": "user", "content": "Tell me a story about a dragon and a boat"}]
 
 
@@ -95,7 +97,7 @@ class TestOpening:
         assert engine.kernels.tier == "reference"
         assert engine.tokenizer.eos_ids == {1}
         assert engine.chat_template is not None
-        assert engine.generation_defaults == {"temperature": 0.7, "top_p": 0.9}
+        assert engine.generation_defaults == ADVISED
 
     def test_touches_no_expert_and_copies_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         used: list[str] = []
@@ -227,8 +229,8 @@ class TestBrokenDirectories:
         ("written", "wanted"),
         [
             ({"do_sample": False}, {}),
-            ({"temperature": None}, {"top_p": 0.9}),
-            ({"top_k": 20, "max_new_tokens": 5}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}),
+            ({"temperature": None}, {name: value for name, value in ADVISED.items() if name != "temperature"}),
+            ({"top_k": 20, "max_new_tokens": 5}, ADVISED | {"top_k": 20}),
             ({"temperature": -1}, "temperature must be 0 or more"),
             ({"top_p": "0.9"}, "top_p"),
         ],

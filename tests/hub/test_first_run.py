@@ -30,7 +30,7 @@ REPO = "maker/Tiny-MoE"
 WEIGHTS = "model.safetensors"
 PROGRAM = (sys.executable, "-m", "localmoe")
 COLUMNS = 40
-ASKED = (*PROGRAM, "run", REPO, "Tell me a story", "-n", "4", "--temp", "0")
+ASKED = (*PROGRAM, "run", REPO, "Tell me a story about a fox", "-n", "4", "--temp", "0")
 
 
 @pytest.fixture
