@@ -30,7 +30,7 @@ REPO = "maker/Tiny-MoE"
 WEIGHTS = "model.safetensors"
 PROGRAM = (sys.executable, "-m", "localmoe")
 COLUMNS = 40
-ASKED = (*PROGRAM, "run", REPO, "Tell me a story about a fox", "-n", "4", "--temp", "0")
+ASKED = (*PROGRAM, "run", REPO, "Tell me a story about a fox", "-n", "16", "--temp", "0")
 
 
 @pytest.fixture
@@ -125,7 +125,6 @@ def test_what_others_packed_is_converted(demo_hub, machine, tmp_path, packing):
     assert json.loads(planned.stdout)["recipe"] == "converted"
     outcome = run(machine, "-y")
     assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stdout.strip()
     made = tmp_path / "home/models/maker--Tiny-MoE/converted"
     said = re.search(r"\n  convert   to ([0-9.]+) MiB \(converted\)", outcome.stderr)
     assert said is not None, outcome.stderr
@@ -133,6 +132,7 @@ def test_what_others_packed_is_converted(demo_hub, machine, tmp_path, packing):
     assert float(said[1]) == pytest.approx(size, rel=0.05)
     again = run(machine)
     assert (again.returncode, again.stdout, again.stderr) == (0, outcome.stdout, "")
+    assert json.loads(run(machine, "--json").stdout)["completion_tokens"] > 0  # such rounding may end it at once
 
 
 @pytest.mark.parametrize(("typed", "status"), [("\n", 0), ("n\n", 1), ("\x03", 130)])
