@@ -309,11 +309,11 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the model's memory and files. May be called twice."""
-        on_card = self._card is not None
-        if self._card is not None:
-            self._card.close()
-        self._card = self._model = self._mtp = self._cached = None
-        if on_card:
+        card, self._card = self._card, None
+        if card is not None:
+            card.close()
+        self._model = self._mtp = self._cached = None
+        if card is not None:
             torch.cuda.empty_cache()  # or the next model would find the card as full as before
         self._checkpoint.close()
 

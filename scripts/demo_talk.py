@@ -233,7 +233,7 @@ class Conversations:
         recast = self._recast(text, about, dice)
         text, about = recast(text), [recast.subject(noun) for noun in about] or [f'"{self._named(story)}"']
         asked = dice.choice(self.TELL if tells else self.BEGINNING).format(listed(about))
-        told = self._turn(asked, self._here(about) * tells + text, self._plan(text, about, dice))
+        told = self._turn(asked, self._here(about, tells) + text, self._plan(text, about, dice))
         following = recast(cut(paragraphs, place, LONG)[0])
         if len(following) >= SHORT and dice.random() < 0.5:
             told += self._turn(dice.choice(self.NEXT), following, self._plan(following, [], dice))
@@ -253,7 +253,7 @@ class Conversations:
         text, about = recast(text), [recast.subject(noun) for noun in about]
         tells = dice.random() < 0.5
         asked = dice.choice(self.TELL if tells else self.SCENE).format(listed(about))
-        return self._turn(asked, self._here(about) * tells + text, self._plan(text, about, dice))
+        return self._turn(asked, self._here(about, tells) + text, self._plan(text, about, dice))
 
     def _next(self, story: Story, paragraphs: list[str], whole: bool, dice: random.Random) -> str | None:
         start = 0 if whole else dice.randrange(len(paragraphs))
@@ -269,9 +269,9 @@ class Conversations:
     def _recast(self, text: str, about: Sequence[str], dice: random.Random) -> Recast:
         return Recast(text, about if dice.random() < self.RECAST else (), self._names, dice)
 
-    def _here(self, about: Sequence[str]) -> str:
-        """What a story is about, said again before it: so near, it is kept in mind."""
-        return self.HERE.format(listed(about))
+    def _here(self, about: Sequence[str], tells: bool) -> str:
+        """What a story that was asked for is about, said again before it: so near, it is kept in mind."""
+        return self.HERE.format(listed(about)) if tells else ""
 
     @staticmethod
     def _named(story: Story) -> str:

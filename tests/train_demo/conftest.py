@@ -25,29 +25,14 @@ def train(load_script: Callable[[str], ModuleType]) -> ModuleType:
     return load_script("train_demo")
 
 
-@pytest.fixture(scope="module")
-def team() -> ModuleType:
-    return importlib.import_module("demo_team")
+def module(name: str) -> Any:
+    """A fixture: one of the scripts' modules."""
+    return pytest.fixture(lambda: importlib.import_module(name), scope="module", name=name.removeprefix("demo_"))
 
 
-@pytest.fixture(scope="module")
-def text() -> ModuleType:
-    return importlib.import_module("demo_text")
-
-
-@pytest.fixture(scope="module")
-def talk() -> ModuleType:
-    return importlib.import_module("demo_talk")
-
-
-@pytest.fixture(scope="module")
-def sequences() -> ModuleType:
-    return importlib.import_module("demo_sequences")
-
-
-@pytest.fixture(scope="module")
-def model() -> ModuleType:
-    return importlib.import_module("demo_model")
+team, text, talk, sequences, model = map(
+    module, ("demo_team", "demo_text", "demo_talk", "demo_sequences", "demo_model")
+)
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,6 @@ class Arena:
         """Called before the first so many bytes become the cache's: when it returns nothing else is in them."""
         self.take_back: Callable[[int], None] = lambda nbytes: None
         """Called when the cache had the first so many bytes and has fewer now, `taken`: slots may be between."""
-        self.times = 0
-        """How often slots were given back."""
 
     def take(self, nbytes: int) -> None:
         """Have the first `nbytes` for the cache. Between passes. Raises DeviceError for more than there is."""
@@ -35,7 +33,6 @@ class Arena:
             raise DeviceError(f"{nbytes} bytes of the card are wanted for the cache and {len(self.memory)} are there")
         self.give_back(nbytes)
         self.taken = nbytes
-        self.times += 1
 
     def leave(self, nbytes: int) -> None:
         """The cache does with the first `nbytes`, but has never fewer than at the beginning. Between passes."""
