@@ -18,9 +18,23 @@ void rotate(const float* x, const float* rotations, int64_t width, float factor,
   }
 }
 
-void grow(std::vector<float>& memory, int64_t size) {
+template <typename Floats>
+void grow(Floats& memory, int64_t size) {
   if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
 }
+
+constexpr int64_t kShares = 32;  // of a context, at most: enough for every thread, and little to merge
+
+// How a token that attends to `context` tokens divides them: by nothing else, so that batches and threads change no bit.
+struct Division {
+  int64_t chunks_a_share, shares;
+
+  explicit Division(int64_t context) {
+    const int64_t chunks = (context + kContextChunk - 1) / kContextChunk;
+    chunks_a_share = (chunks + kShares - 1) / kShares;
+    shares = (chunks + chunks_a_share - 1) / chunks_a_share;
+  }
+};
 
 }  // namespace
 
@@ -47,7 +61,8 @@ void AttentionWorkspace::Step::multiply(const Tier& tier, const Matrix& matrix, 
 
 void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_t start, int64_t tokens, int threads) {
   tokens_ = tokens;
-  chunks_ = (start + tokens + kContextChunk - 1) / kContextChunk;
+  shares_ = 0;
+  for (int64_t t = 0; t < tokens; ++t) shares_ = std::max(shares_, Division(start + t + 1).shares);
   head_blocks_ = (layer.heads + kHeadBlock - 1) / kHeadBlock;
   if (layer.query_down) {
     query_down_.prepare(tier, *layer.query_down, tokens, threads);
@@ -57,9 +72,9 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   latent_.prepare(tier, layer.latent, tokens, threads);
   output_.prepare(tier, layer.output, tokens, threads);
   absorbing_.reset(layer.heads + 1, 1);  // all tokens of a head: its rows of the matrix are read once
-  attending_.reset(tokens * chunks_ * head_blocks_, 1);
+  shares_left_.reset(tokens * shares_ * head_blocks_, 1);
   merging_.reset(layer.heads, 1);
-  const int64_t width = layer.rank + layer.rope, partials = tokens * chunks_ * layer.heads;
+  const int64_t width = layer.rank + layer.rope, partials = tokens * shares_ * layer.heads;
   grow(queries_, tokens * layer.query.out);
   grow(rows_, tokens * width);
   grow(absorbed_, tokens * layer.heads * width);
@@ -68,7 +83,14 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   grow(attended_, partials * layer.rank);
   grow(outputs_, tokens * layer.heads * layer.value);
   scratch_.resize(threads);
-  for (std::vector<float>& scratch : scratch_) grow(scratch, attend_scratch(width) + layer.rank);
+  for (std::vector<float>& scratch : scratch_) grow(scratch, layer.rank);
+  attending_.resize(threads);
+  for (Attending& memory : attending_) {
+    grow(memory.scratch, attend_scratch(width));
+    grow(memory.largest, kHeadBlock);
+    grow(memory.sum, kHeadBlock);
+    grow(memory.latent, kHeadBlock * layer.rank);
+  }
   interleaved_.resize(threads);
   for (Interleaved& queries : interleaved_) {
     queries.item = -1;
@@ -121,41 +143,40 @@ void AttentionWorkspace::absorb(const VectorOps& ops, const MlaLayer& layer, int
   rotate(query + layer.nope, rotations + token * layer.rope, layer.rope, layer.scale, absorbed + layer.rank);
 }
 
-Partial AttentionWorkspace::partial(const MlaLayer& layer, int64_t token, int64_t chunk, int64_t head) {
-  const int64_t at = (token * chunks_ + chunk) * layer.heads + head;
+Partial AttentionWorkspace::partial(const MlaLayer& layer, int64_t token, int64_t share, int64_t head) {
+  const int64_t at = (token * shares_ + share) * layer.heads + head;
   return {largest_.data() + at, sums_.data() + at, attended_.data() + at * layer.rank};
 }
 
 void AttentionWorkspace::attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
                                 int64_t item, int thread) {
-  const int64_t block = item % head_blocks_, chunk = item / head_blocks_ % chunks_;
-  const int64_t token = item / head_blocks_ / chunks_, end = start + token + 1, head = block * kHeadBlock;
-  const int64_t first = chunk * kContextChunk, last = std::min(first + kContextChunk, end);
-  if (first >= end) return;  // an earlier token of the pass, whose context has fewer chunks
-  const int64_t heads = std::min(kHeadBlock, layer.heads - head);
+  const int64_t block = item % head_blocks_, share = item / head_blocks_ % shares_;
+  const int64_t token = item / head_blocks_ / shares_, end = start + token + 1, head = block * kHeadBlock;
+  const int64_t length = Division(end).chunks_a_share * kContextChunk, first = share * length;
+  const int64_t last = std::min(first + length, end), heads = std::min(kHeadBlock, layer.heads - head);
+  if (first >= end) return;  // an earlier token of the pass, whose context has fewer shares
   Interleaved& queries = interleaved_[thread];
   if (queries.item != token * head_blocks_ + block) {
     queries.item = token * head_blocks_ + block;
     ops.interleave(cache, absorbed_.data() + (token * layer.heads + head) * cache.width, heads, queries.numbers.data());
   }
-  ops.attend(cache, first, last, queries.numbers.data(), heads, partial(layer, token, chunk, head),
-             scratch_[thread].data());
+  Attending& memory = attending_[thread];
+  const Partial whole = partial(layer, token, share, head);
+  const Partial more{memory.largest.data(), memory.sum.data(), memory.latent.data()};
+  for (int64_t from = first; from < last; from += kContextChunk) {
+    const int64_t to = std::min(from + kContextChunk, last);
+    ops.attend(cache, from, to, queries.numbers.data(), heads, from == first ? whole : more, memory.scratch.data());
+    if (from != first) ops.add_partial(whole, more, heads, layer.rank);
+  }
 }
 
-// The chunks' parts in their order, then v_b: log-sum-exp, as in FlashDecoding.
+// The shares' parts in their order, then v_b.
 void AttentionWorkspace::merge(const VectorOps& ops, const MlaLayer& layer, int64_t start, int64_t token,
                                int64_t head, float* scratch) {
-  const int64_t chunks = (start + token) / kContextChunk + 1;
-  float largest = -INFINITY, sum = 0.0f;
-  for (int64_t c = 0; c < chunks; ++c) largest = std::max(largest, *partial(layer, token, c, head).largest);
-  std::fill_n(scratch, layer.rank, 0.0f);
-  for (int64_t c = 0; c < chunks; ++c) {
-    const Partial part = partial(layer, token, c, head);
-    const float weight = std::exp(*part.largest - largest);
-    sum += weight * *part.sum;
-    for (int64_t r = 0; r < layer.rank; ++r) scratch[r] += weight * part.latent[r];
-  }
-  for (int64_t r = 0; r < layer.rank; ++r) scratch[r] /= sum;
+  const Partial whole = partial(layer, token, 0, head);
+  for (int64_t share = 1; share < Division(start + token + 1).shares; ++share)
+    ops.add_partial(whole, partial(layer, token, share, head), 1, layer.rank);
+  for (int64_t r = 0; r < layer.rank; ++r) scratch[r] = whole.latent[r] / *whole.sum;
   ops.dot_rows(layer.expand, head * (layer.nope + layer.value) + layer.nope, layer.value, scratch,
                outputs_.data() + (token * layer.heads + head) * layer.value);
 }
@@ -173,7 +194,7 @@ void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLa
       for (int64_t t = 0; t < tokens; ++t) absorb(ops, layer, t, item - 1, rotations);
     });
     pool.barrier();
-    attending_.take([&](int64_t item, int64_t) { attend(ops, layer, cache, start, item, thread); });
+    shares_left_.take([&](int64_t item, int64_t) { attend(ops, layer, cache, start, item, thread); });
     pool.barrier();
     merging_.take([&](int64_t head, int64_t) {
       for (int64_t t = 0; t < tokens; ++t) merge(ops, layer, start, t, head, scratch);

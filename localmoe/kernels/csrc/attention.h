@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -10,6 +11,17 @@
 #include "vector_ops.h"
 
 namespace localmoe {
+
+// Memory that begins a cache line.
+template <typename T>
+struct FromCacheLine {
+  using value_type = T;
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+  bool operator==(const FromCacheLine&) const = default;
+  static constexpr std::align_val_t kLine{64};
+};
+using AlignedFloats = std::vector<float, FromCacheLine<float>>;
 
 // One layer's weights and dimensions. Without `query_down` the query is made in one step.
 struct MlaLayer {
@@ -45,7 +57,13 @@ class AttentionWorkspace {
   // A token's queries of one block of heads, in the order that the kernels take; kept from chunk to chunk.
   struct Interleaved {
     int64_t item = -1;
-    std::vector<float> numbers;
+    AlignedFloats numbers;
+  };
+
+  // What a thread needs to attend: attend_scratch, and a chunk's part before it is added to its share's.
+  struct Attending {
+    AlignedFloats scratch;
+    std::vector<float> largest, sum, latent;
   };
 
   void prepare(const Tier& tier, const MlaLayer& layer, int64_t start, int64_t tokens, int threads);
@@ -56,14 +74,15 @@ class AttentionWorkspace {
   void attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start, int64_t item,
               int thread);
   void merge(const VectorOps& ops, const MlaLayer& layer, int64_t start, int64_t token, int64_t head, float* scratch);
-  Partial partial(const MlaLayer& layer, int64_t token, int64_t chunk, int64_t head);
+  Partial partial(const MlaLayer& layer, int64_t token, int64_t share, int64_t head);
 
   Step query_down_, query_, latent_, output_;
-  Chunks absorbing_, attending_, merging_;
-  int64_t tokens_ = 0, chunks_ = 0, head_blocks_ = 0;
+  Chunks absorbing_, shares_left_, merging_;
+  int64_t tokens_ = 0, shares_ = 0, head_blocks_ = 0;
   std::vector<float> low_, queries_, rows_, absorbed_, largest_, sums_, attended_, outputs_;
-  std::vector<std::vector<float>> scratch_;  // by thread
-  std::vector<Interleaved> interleaved_;     // by thread
+  std::vector<std::vector<float>> scratch_;  // by thread, as are the next two
+  std::vector<Interleaved> interleaved_;
+  std::vector<Attending> attending_;
 };
 
 }  // namespace localmoe

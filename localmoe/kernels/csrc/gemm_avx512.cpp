@@ -1,5 +1,5 @@
 // Prefill on AVX-512 VNNI: 16 rows of weights are unpacked once, so that 4 neighbours of each fill a lane, and then
-// multiplied with every token.
+// multiplied with every token; two such panels at once, so that what is loaded of a token serves both.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -13,13 +13,18 @@ namespace {
 
 constexpr int kRows = 16;
 constexpr int kTokens = 8;  // whose accumulators stay in registers
+constexpr int kPanels = 2;  // multiplied at once
+
+// In lanes of 32 bits: sums declared as __m512i, of 64-bit lanes, are copied from one register to another.
+typedef int32_t Lanes __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
 
 // Vectors as elements: their own types lose their alignment as template arguments.
 struct Ints {
   __m512i v;
 };
 struct Scales {
-  __m512 v;
+  Floats v;
 };
 
 // 16 rows, unpacked: for each 4 in-features a vector with 4 unsigned bytes a row, and for each 32 their scales. NF4 has
@@ -119,71 +124,95 @@ void unpack(const QuantizedProduct& p, int64_t row, int64_t last, Panel& panel) 
       else
         values[r] = from_bf16(reinterpret_cast<const uint16_t*>(scales[r])[g / share]);
     }
-    panel.scales[g].v = _mm512_load_ps(values);
+    panel.scales[g].v = reinterpret_cast<const Floats&>(values);
   }
+}
+
+inline Lanes add_products(Lanes sum, __m512i weights, Lanes activations) {
+  return reinterpret_cast<Lanes>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), weights, reinterpret_cast<__m512i>(activations)));
 }
 
 // Adds 32 in-features of T tokens to dots. `x` is the first token's block, `part` the 32 of it.
-template <int T>
-inline void add_group(const Ints* weights, const PlainBlock* x, int64_t stride, int64_t part, __m512i* dots) {
+template <int P, int T>
+inline void add_group(const Ints* const (&weights)[P], const PlainBlock* x, int64_t stride, int64_t part,
+                      Lanes (&dots)[P][T]) {
+#pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
-    const __m512i w = weights[j].v;
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const auto* q = reinterpret_cast<const int32_t*>(x[t * stride].q + part * kQuantGroup);
-      dots[t] = _mm512_dpbusd_epi32(dots[t], w, _mm512_set1_epi32(q[j]));
+      int32_t four;
+      std::memcpy(&four, x[t * stride].q + part * kQuantGroup + 4 * j, sizeof(four));
+      const auto everywhere = reinterpret_cast<Lanes>(_mm512_set1_epi32(four));
+#pragma GCC unroll 2
+      for (int k = 0; k < P; ++k) dots[k][t] = add_products(dots[k][t], weights[k][j].v, everywhere);
     }
   }
 }
 
-// T tokens from `token` on with a panel, whose rows are `row` and after.
-template <Form F, int T>
-void multiply(const QuantizedProduct& p, const Panel& panel, int64_t token, int64_t row, __mmask16 present) {
-  __m512 sums[T];
-  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
-  const Ints* weights = panel.weights.data();
-  const int64_t groups = p.in / kQuantGroup;
-  for (int64_t g = 0; g < groups; ++g, weights += 8 * kPlanes<F>) {
-    const PlainBlock* x = p.plain + token * p.blocks + g / 4;
+// T tokens from `token` on with P panels, whose rows are `row` and after, up to `last`.
+template <Form F, int P, int T>
+void multiply(const QuantizedProduct& p, const Panel* panels, int64_t token, int64_t row, int64_t last) {
+  Floats sums[P][T] = {};
+  const Ints* weights[P];
+  for (int k = 0; k < P; ++k) weights[k] = panels[k].weights.data();
+  const int64_t groups = p.in / kQuantGroup, blocks = p.blocks;
+  for (int64_t g = 0; g < groups; ++g) {
+    const PlainBlock* x = p.plain + token * blocks + g / 4;
     const int64_t part = g % 4;
-    __m512i dots[T];
+    Lanes dots[P][T] = {};
     if constexpr (F == Form::kNf4) {
-      for (int t = 0; t < T; ++t) dots[t] = _mm512_setzero_si512();
-      add_group<T>(weights, x, p.blocks, part, dots);
-      for (int t = 0; t < T; ++t)
-        dots[t] = _mm512_add_epi32(_mm512_slli_epi32(dots[t], 7), _mm512_set1_epi32(x[t * p.blocks].correction[part]));
-    } else {
-      for (int t = 0; t < T; ++t) dots[t] = _mm512_set1_epi32(x[t * p.blocks].correction[part]);
+      add_group<P, T>(weights, x, blocks, part, dots);
+      for (int k = 0; k < P; ++k) weights[k] += 8;
     }
-    add_group<T>(weights + 8 * (kPlanes<F> - 1), x, p.blocks, part, dots);
-    for (int t = 0; t < T; ++t) {
-      const __m512 scale = _mm512_mul_ps(panel.scales[g].v, _mm512_set1_ps(x[t * p.blocks].scale[part]));
-      sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, sums[t]);
-    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int k = 0; k < P; ++k)
+        dots[k][t] = (F == Form::kNf4 ? dots[k][t] << 7 : dots[k][t]) + x[t * blocks].correction[part];
+    add_group<P, T>(weights, x, blocks, part, dots);
+    for (int k = 0; k < P; ++k) weights[k] += 8;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int k = 0; k < P; ++k) {
+        const auto scale = reinterpret_cast<__m512>(panels[k].scales[g].v * x[t * blocks].scale[part]);
+        const auto dot = reinterpret_cast<__m512>(__builtin_convertvector(dots[k][t], Floats));
+        sums[k][t] = reinterpret_cast<Floats>(_mm512_fmadd_ps(dot, scale, reinterpret_cast<__m512>(sums[k][t])));
+      }
   }
-  for (int t = 0; t < T; ++t) _mm512_mask_storeu_ps(p.y + (token + t) * p.out + row, present, sums[t]);
+  for (int k = 0; k < P; ++k, row += kRows) {
+    const auto present = static_cast<__mmask16>((1u << std::min<int64_t>(kRows, last - row)) - 1);
+    for (int t = 0; t < T; ++t)
+      _mm512_mask_storeu_ps(p.y + (token + t) * p.out + row, present, reinterpret_cast<__m512>(sums[k][t]));
+  }
 }
 
 // The last tokens, fewer than kTokens, at once: T of them or fewer.
-template <Form F, int T>
-void multiply_rest(const QuantizedProduct& p, const Panel& panel, int64_t token, int64_t row, __mmask16 present) {
+template <Form F, int P, int T>
+void multiply_rest(const QuantizedProduct& p, const Panel* panels, int64_t token, int64_t row, int64_t last) {
   if constexpr (T > 0) {
     if (p.tokens - token == T)
-      multiply<F, T>(p, panel, token, row, present);
+      multiply<F, P, T>(p, panels, token, row, last);
     else
-      multiply_rest<F, T - 1>(p, panel, token, row, present);
+      multiply_rest<F, P, T - 1>(p, panels, token, row, last);
   }
+}
+
+template <Form F, int P>
+void multiply_all(const QuantizedProduct& p, Panel* panels, int64_t row, int64_t last) {
+  for (int k = 0; k < P; ++k) unpack<F>(p, row + k * kRows, last, panels[k]);
+  int64_t t = 0;
+  for (; t + kTokens <= p.tokens; t += kTokens) multiply<F, P, kTokens>(p, panels, t, row, last);
+  multiply_rest<F, P, kTokens - 1>(p, panels, t, row, last);
 }
 
 template <Form F>
 void gemm(const QuantizedProduct& p, int64_t first, int64_t last) {
-  thread_local Panel panel;  // an unpacked panel of the widest matrix so far
-  for (int64_t row = first; row < last; row += kRows) {
-    unpack<F>(p, row, last, panel);
-    const auto present = static_cast<__mmask16>((1u << std::min<int64_t>(kRows, last - row)) - 1);
-    int64_t t = 0;
-    for (; t + kTokens <= p.tokens; t += kTokens) multiply<F, kTokens>(p, panel, t, row, present);
-    multiply_rest<F, kTokens - 1>(p, panel, t, row, present);
-  }
+  thread_local Panel panels[kPanels];  // unpacked, as large as the widest matrix so far
+  int64_t row = first;
+  for (; row + kRows < last; row += kPanels * kRows) multiply_all<F, kPanels>(p, panels, row, last);
+  if (row < last) multiply_all<F, 1>(p, panels, row, last);
 }
 
 }  // namespace

@@ -95,10 +95,6 @@ struct Tier {
   void (*quantized_gemm)(const QuantizedProduct&, int64_t first, int64_t last) = nullptr;
 };
 
-// Rounds at most 128 activations to int8; what lies beyond n is zero.
-void quantize_activations(const float* x, int64_t n, Form form, Block& block);
-void quantize_activations(const float* x, int64_t n, Form form, PlainBlock& block);
-
 std::vector<const Tier*> supported_tiers();  // by this CPU, the plainest first
 
 extern const Tier kPortable;

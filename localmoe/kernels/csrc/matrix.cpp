@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "vector_ops.h"
+
 namespace localmoe {
 
 namespace {
@@ -19,10 +21,11 @@ void grow(std::vector<T>& memory, int64_t size) {
 int64_t rows_at_a_time(const Matrix& matrix, int threads) {
   constexpr int64_t kLeast = 32 << 10, kMost = 256 << 10, kSharesEach = 8;
   const int64_t bytes = std::clamp(matrix.out * matrix.row_bytes / (threads * kSharesEach), kLeast, kMost);
-  return std::max<int64_t>(16, bytes / matrix.row_bytes / 16 * 16);  // whole panels of 16 for many tokens
+  return std::max<int64_t>(32, bytes / matrix.row_bytes / 32 * 32);  // whole pairs of panels, for many tokens
 }
 
 void Operand::shape(const Tier& tier, Form form, int64_t tokens, int64_t in, bool many) {
+  ops_ = &vector_ops(tier);
   form_ = form;
   tokens_ = tokens;
   in_ = in;
@@ -41,9 +44,9 @@ void Operand::set_block(int64_t token, int64_t block, const float* x) {
   if (is_plain(form_))
     std::memcpy(plain_.data() + token * in_ + start, x, size * sizeof(float));
   else if (plain_blocks_)
-    quantize_activations(x, size, form_, plain_rounded_[at]);
+    ops_->round_plain_block(x, size, form_, plain_rounded_[at]);
   else
-    quantize_activations(x, size, form_, rounded_[at]);
+    ops_->round_block(x, size, form_, rounded_[at]);
 }
 
 void Operand::copy(int64_t token, const Operand& from, int64_t from_token) {

@@ -32,6 +32,8 @@ int64_t rows_at_a_time(const Matrix& matrix, int threads);
 // unpacked for many rows at once.
 constexpr int64_t kMatvecTokens = 8;
 
+struct VectorOps;
+
 // Rows of float32 activations, and the same rounded for one form of matrix. Memory is kept from use to use.
 class Operand {
  public:
@@ -56,6 +58,7 @@ class Operand {
                 Place next) const;
 
  private:
+  const VectorOps* ops_ = nullptr;
   Form form_ = Form::kFloat32;
   int64_t tokens_ = 0, in_ = 0, blocks_ = 0;
   bool plain_blocks_ = false;

@@ -21,13 +21,93 @@ inline Words widen(const uint16_t* from) {
 }  // namespace
 }  // namespace localmoe
 
+#include "activations.inc"
 #include "vector_ops.inc"
+
+// What int16_attention.inc needs.
+namespace localmoe {
+namespace {
+namespace halves {
+
+constexpr int kScored = 8;  // cached rows whose scores stay in registers
+constexpr int kSummed = 4;   // heads whose sums do, of two vectors of latents
+
+// kWidth pairs of 16-bit integers, or sums of their products. In 32-bit lanes: what is declared as __m256i, of 64-bit
+// ones, the compiler keeps in two registers while it is summed up.
+typedef int32_t Halves __attribute__((vector_size(kWidth * 4)));
+
+inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+inline Halves load_halves(const void* from) {
+  return reinterpret_cast<Halves>(load_256(from));
+}
+
+inline Halves two_everywhere(const void* halves) {
+  int32_t two;
+  std::memcpy(&two, halves, sizeof(two));
+  return reinterpret_cast<Halves>(_mm256_set1_epi32(two));
+}
+
+inline Halves add_products(Halves sum, Halves a, Halves b) {
+  return sum + reinterpret_cast<Halves>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+
+// The bits of the largest absolute value of `count` bf16 numbers.
+inline uint32_t largest_bits(const uint8_t* bf16, int64_t count) {
+  const __m256i sign = _mm256_set1_epi16(INT16_MIN);
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 16)
+    largest = _mm256_max_epu16(largest, _mm256_andnot_si256(sign, load_256(bf16 + 2 * i)));
+  const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  return 0xffff - _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
+}
+
+// 16 bf16 numbers times `by`, to the nearest integers.
+inline void round_bf16(const uint8_t* from, Floats by, int16_t* to) {
+  const __m256i bits = load_256(from), zero = _mm256_setzero_si256();
+  const __m256 factor = reinterpret_cast<__m256>(by);
+  const __m256 low = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, bits));
+  const __m256 high = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, bits));
+  const __m256i one = _mm256_cvtps_epi32(_mm256_mul_ps(low, factor));
+  const __m256i two = _mm256_cvtps_epi32(_mm256_mul_ps(high, factor));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_packs_epi32(one, two));
+}
+
+// 16 bytes of an int8 row as they are worth before its scale.
+inline void center_bytes(const uint8_t* from, int16_t* to) {
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_sub_epi16(wide, _mm256_set1_epi16(128)));
+}
+
+inline void interleave_halves(const int16_t* one, const int16_t* two, Halves* to) {
+  const __m256i a = load_256(one);
+  const __m256i b = load_256(two);
+  to[0] = reinterpret_cast<Halves>(_mm256_unpacklo_epi16(a, b));
+  to[1] = reinterpret_cast<Halves>(_mm256_unpackhi_epi16(a, b));
+}
+
+}  // namespace halves
+}  // namespace
+}  // namespace localmoe
+
 #include "int16_attention.inc"
+
+namespace localmoe {
+namespace {
+
+Way way_of(const LatentRows& rows) {
+  if (rows.form != CacheForm::kFloat32 && halves::takes(rows)) return {halves::interleave, halves::attend};
+  return {interleave, attend};
+}
+
+}  // namespace
+}  // namespace localmoe
+
 #include "either_attention.inc"
 
 namespace localmoe {
 
-const VectorOps kAvx2Ops = {"avx2",           combine_rows,  dot_rows,      store_row, interleave_either, attend_either,
-                            silu_multiply, read};
+const VectorOps kAvx2Ops = {"avx2",            round_block,   round_plain_block, combine_rows,  dot_rows, store_row,
+                            interleave_either, attend_either, add_partial,       silu_multiply, read};
 
 }  // namespace localmoe

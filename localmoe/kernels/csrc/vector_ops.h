@@ -40,6 +40,10 @@ struct Partial {
 struct VectorOps {
   const char* tier;
 
+  // Rounds at most 128 activations to int8; what lies beyond n is zero.
+  void (*round_block)(const float* x, int64_t n, Form form, Block& block);
+  void (*round_plain_block)(const float* x, int64_t n, Form form, PlainBlock& block);
+
   // y[r] = sum over i of x[i] * W[row + i][r], for `count` rows: a query through k_b into the latents' space.
   void (*combine_rows)(const Matrix& matrix, int64_t row, int64_t count, const float* x, float* y);
 
@@ -53,9 +57,12 @@ struct VectorOps {
   void (*interleave)(const LatentRows& rows, const float* queries, int64_t heads, float* to);
 
   // Attention of one token's `heads` queries, scaled and interleaved, to cached tokens [first, last), at most
-  // kContextChunk of them. `scratch` has attend_scratch(width) numbers.
+  // kContextChunk of them. `scratch` has attend_scratch(width) numbers, and both it and the queries begin a cache line.
   void (*attend)(const LatentRows& rows, int64_t first, int64_t last, const float* queries, int64_t heads,
                  const Partial& partial, float* scratch);
+
+  // What attention over both parts leaves, to the first (log-sum-exp, as in FlashDecoding).
+  void (*add_partial)(const Partial& to, const Partial& more, int64_t heads, int64_t rank);
 
   // gate[i] = silu(gate[i]) * up[i].
   void (*silu_multiply)(float* gate, const float* up, int64_t n);
@@ -64,9 +71,12 @@ struct VectorOps {
   uint32_t (*read)(const uint8_t* first, const uint8_t* last);
 };
 
-constexpr int64_t kTileRows = 16;  // cached rows widened to float32 at a time
+constexpr int64_t kTileRows = 16;  // cached rows widened at a time
 
-inline int64_t attend_scratch(int64_t width) { return kHeadBlock * kContextChunk + kTileRows * width; }
+// Scores, a tile of rows (in 16-bit integers whole spans of 64), and a chunk's latents in 16 bits.
+inline int64_t attend_scratch(int64_t width) {
+  return (kHeadBlock + width / 2) * kContextChunk + kTileRows * (width + 64);
+}
 
 // Those of the tier of this name; avxvnni has avx2's.
 const VectorOps& vector_ops(const Tier& tier);

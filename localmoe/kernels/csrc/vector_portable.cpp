@@ -15,10 +15,12 @@ inline Words widen(const uint16_t* from) { return Words{from[0], from[1], from[2
 }  // namespace
 }  // namespace localmoe
 
+#include "activations.inc"
 #include "vector_ops.inc"
 
 namespace localmoe {
 
-const VectorOps kPortableOps = {"portable", combine_rows, dot_rows, store_row, interleave, attend, silu_multiply, read};
+const VectorOps kPortableOps = {"portable", round_block, round_plain_block, combine_rows,  dot_rows, store_row,
+                                interleave, attend,      add_partial,       silu_multiply, read};
 
 }  // namespace localmoe
