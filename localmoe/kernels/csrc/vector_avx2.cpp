@@ -48,8 +48,10 @@ inline Halves two_everywhere(const void* halves) {
   return reinterpret_cast<Halves>(_mm256_set1_epi32(two));
 }
 
+// Unsigned, since sums of weights that are none (a cache with NaN) may wrap; what they are worth is NaN then.
 inline Halves add_products(Halves sum, Halves a, Halves b) {
-  return sum + reinterpret_cast<Halves>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  const __m256i products = _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  return reinterpret_cast<Halves>(reinterpret_cast<Words>(sum) + reinterpret_cast<Words>(products));
 }
 
 // The bits of the largest absolute value of `count` bf16 numbers.
