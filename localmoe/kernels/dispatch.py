@@ -5,6 +5,7 @@ T = tokens. Activations are float32; weights stay as they are stored.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from localmoe.kernels.routing import NativeRouting, RouterRule
 
 TIERS = ("auto", "reference", *cpu.TIERS)
 CACHE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+LONG_PASS = 64  # tokens: a pass of more leaves memory that is worth giving back
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 
 class Kernels:
@@ -31,6 +34,7 @@ class Kernels:
         self.backend = backend
         self.cache_dtype = cache_dtype or (torch.float32 if backend is None else torch.bfloat16)
         """What the latent cache holds: bfloat16, or for the reference float32, if nothing else is asked for."""
+        self._long_passes = False
         self.profile = Profile(None if backend is None else backend.kernels.take_seconds)
 
     @classmethod
@@ -64,8 +68,12 @@ class Kernels:
         """Say how large the coming pass is: torch and our team take turns on the same cores.
 
         A thread of torch's that has just worked waits spinning, which a token's many small steps cannot afford, so
-        torch gets one thread in decode. Where the reference computes, torch keeps what it has.
+        torch gets one thread in decode. Where the reference computes, torch keeps what it has. When decode follows a
+        prompt, what the prompt's arrays leave in malloc's heap goes back to the system: hundreds of MB, 5 ms.
         """
+        if self._long_passes and tokens <= cpu.MATVEC_TOKENS and _malloc_trim is not None:
+            _malloc_trim(0)
+        self._long_passes = tokens > LONG_PASS
         if self.backend is None:
             return
         wanted = 1 if tokens <= cpu.MATVEC_TOKENS else self.backend.threads

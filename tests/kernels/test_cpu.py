@@ -14,7 +14,7 @@ from torch import Tensor
 from localmoe.errors import DeviceError, UsageError
 from localmoe.formats import int4, int8
 from localmoe.formats.weights import DenseWeight, Int4Weight, Int8Weight, Nf4Weight, Weight, dequantize
-from localmoe.kernels import cpu, reference
+from localmoe.kernels import cpu, dispatch, reference
 from localmoe.kernels.cpu import MATVEC_TOKENS
 from localmoe.kernels.dispatch import Kernels
 
@@ -173,3 +173,16 @@ def test_a_tier_this_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DeviceError, match="avx512"):
         Kernels.choose("avx512")
     assert Kernels.choose("auto").tier == "portable"
+
+
+@pytest.mark.parametrize("tier", ["auto", "reference"])
+def test_memory_of_a_prompt_is_given_back_when_decode_begins(monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(dispatch, "_malloc_trim", given.append)
+    kernels = Kernels.choose(tier)
+    for tokens, times in ((1, 0), (dispatch.LONG_PASS, 0), (1, 0), (512, 0), (512, 0), (2, 1), (1, 1), (300, 1), (8, 2)):
+        kernels.share_cores(tokens)
+        assert len(given) == times
+    monkeypatch.setattr(dispatch, "_malloc_trim", None)  # not glibc
+    kernels.share_cores(512)
+    kernels.share_cores(1)
