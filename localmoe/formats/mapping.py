@@ -1,4 +1,5 @@
-"""Files in memory: mapped, brought in ahead of their use, and whether the system says what of them is there."""
+"""Memory as the system gives it: files mapped, brought in ahead of their use, what is said to be there of them, and large
+pages."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from localmoe.errors import CheckpointError
 
 _POPULATE_READ = 22  # linux/mman.h; Python's mmap holds the GIL during madvise and does not name it
+_HUGE_PAGE = 2 << 20  # a page of the system's is at least smaller than this; where they are larger, it declines
 _PIECE = 64 << 20  # mapped at a time
 _libc = ctypes.CDLL(None)
 _madvise, _mlock = _libc.madvise, _libc.mlock
@@ -56,6 +58,14 @@ def bring(file: Tensor, start: int, size: int, *, exactly: bool, stopped: Callab
         if stopped() or _madvise(address, length, _POPULATE_READ) != 0:
             return False
     return True
+
+
+def use_huge_pages(memory: Tensor) -> None:
+    """Ask that new memory of ours comes in pages of 2 MiB, where the system has them; nothing else changes."""
+    start = -(-memory.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    end = (memory.data_ptr() + memory.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+    if end > start:
+        _madvise(start, end - start, mmap.MADV_HUGEPAGE)
 
 
 def lock(file: Tensor, start: int, size: int) -> bool:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import ContextOverflowError
+from localmoe.formats.mapping import use_huge_pages
 from localmoe.model.config import ModelConfig
 
 _STEP = 256
+_LARGE = 8 << 20  # bytes of a layer, beside which the 2 MiB that its last tokens may waste are little
 
 
 def row_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -142,6 +144,8 @@ class LatentCache:
         size = max(needed, len(held) + len(held) // 2)
         size = min(-(-size // _STEP) * _STEP, self.capacity)
         grown = torch.empty(size, self._width, dtype=held.dtype)
+        if grown.nbytes >= _LARGE:
+            use_huge_pages(grown)
         grown[: self._length] = held[: self._length]
         self._together.clear()
         self._rows[layer] = grown  # one layer at a time: the old copy lives only this long

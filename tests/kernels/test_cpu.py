@@ -180,7 +180,17 @@ def test_memory_of_a_prompt_is_given_back_when_decode_begins(monkeypatch: pytest
     given: list[int] = []
     monkeypatch.setattr(dispatch, "_malloc_trim", given.append)
     kernels = Kernels.choose(tier)
-    for tokens, times in ((1, 0), (dispatch.LONG_PASS, 0), (1, 0), (512, 0), (512, 0), (2, 1), (1, 1), (300, 1), (8, 2)):
+    for tokens, times in (
+        (1, 0),
+        (dispatch.LONG_PASS, 0),
+        (1, 0),
+        (512, 0),
+        (512, 0),
+        (2, 1),
+        (1, 1),
+        (300, 1),
+        (8, 2),
+    ):
         kernels.share_cores(tokens)
         assert len(given) == times
     monkeypatch.setattr(dispatch, "_malloc_trim", None)  # not glibc

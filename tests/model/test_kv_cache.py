@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import pytest
 import torch
 
 from localmoe.errors import ContextOverflowError
+from localmoe.formats import mapping
 from localmoe.model.config import ModelConfig
 from localmoe.model.kv_cache import LatentCache, pack_int8, row_bytes, unpack_int8
 
@@ -92,3 +94,25 @@ def test_an_int8_cache_gives_back_floats_and_costs_644_bytes_a_token(config: Mod
 
 def test_int8_rows_are_packed_where_they_are() -> None:
     assert pack_int8(torch.empty(3, 24, device="meta"), 16).device.type == "meta"
+
+
+def test_a_long_context_asks_for_large_pages_within_its_own_memory(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole pages of 2 MiB, which hold nothing of anybody else's; a short context asks for none."""
+    asked: list[tuple[int, int, int]] = []
+
+    def advised(*what: int) -> int:
+        asked.append(what)  # type: ignore[arg-type]
+        return 0
+
+    monkeypatch.setattr(mapping, "_madvise", advised)
+    cache = LatentCache(config, capacity=10_000, dtype=torch.bfloat16)
+    cache.reserve(0, 7000)
+    assert not asked  # 8.06 MB, less than 8 MiB
+    rows = cache.reserve(0, 9500)
+    ((start, size, advice),) = asked
+    assert advice == mmap.MADV_HUGEPAGE
+    assert start % (2 << 20) == size % (2 << 20) == 0
+    assert rows.data_ptr() <= start < start + size <= rows.data_ptr() + cache.nbytes
+    assert size > cache.nbytes - (4 << 20)
