@@ -1,5 +1,5 @@
-"""Memory as the system gives it: files mapped, brought in ahead of their use, what is said to be there of them, and large
-pages."""
+"""Memory as the system gives it: files mapped and brought in ahead of their use, what is said to be there of them, and
+large pages."""
 
 from __future__ import annotations
 
