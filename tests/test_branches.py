@@ -200,36 +200,35 @@ class TestWithAModel:
         return "".join(step.text for step in steps), stats.prompt_tokens - stats.reused_tokens, stats.prompt_tokens
 
     def test_every_way_a_chat_goes(self, reference: Engine) -> None:
-        engine = reference
-        engine._cached = None
-        more = 1 if engine._mtp is not None else 0  # its state at the fork is computed again
+        reference._cached = None
+        more = 1 if reference._mtp is not None else 0  # its state at the fork is computed again
 
         def new(messages: list[dict[str, str]], old: list[dict[str, str]]) -> int:
             """Tokens of a prompt behind what it has in common with another."""
-            wanted = np.array(engine.prompt_ids(messages))
-            return len(wanted) - min(common(wanted, np.array(engine.prompt_ids(old))), len(wanted) - 1)
+            wanted = np.array(reference.prompt_ids(messages))
+            return len(wanted) - min(common(wanted, np.array(reference.prompt_ids(old))), len(wanted) - 1)
 
         system = {"role": "system", "content": "You tell stories of animals to small children, slowly and kindly. " * 3}
         first = [system, {"role": "user", "content": "Tell me a story about a fox and a drum in the forest"}]
-        answer, computed, asked = self.ask(engine, first)
+        answer, computed, asked = self.ask(reference, first)
         assert computed == asked
 
         second = [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "And what then?"}]
-        reply, computed, _ = self.ask(engine, second)  # a second turn
+        reply, computed, _ = self.ask(reference, second)  # a second turn
         assert computed <= new(second, first) + more
         assert computed < new(second, first) or not answer  # the answer too is known, as far as it reads the same
-        assert self.ask(engine, second)[1] <= 1 + more  # /regen
-        assert self.ask(engine, first)[1] <= 1 + more  # /undo, and the same question
+        assert self.ask(reference, second)[1] <= 1 + more  # /regen
+        assert self.ask(reference, first)[1] <= 1 + more  # /undo, and the same question
         third = [*second, {"role": "assistant", "content": reply}, {"role": "user", "content": "Go on"}]
-        assert self.ask(engine, third)[1] <= new(third, second) + more  # back again: nothing was lost
+        assert self.ask(reference, third)[1] <= new(third, second) + more  # back again: nothing was lost
         edited = [*first[:1], {"role": "user", "content": "Tell me a story about a fox and a drum in the city"}]
-        assert self.ask(engine, edited)[1] <= new(edited, first) + more  # /edit
+        assert self.ask(reference, edited)[1] <= new(edited, first) + more  # /edit
         other = [system, {"role": "user", "content": "What does a boat do?"}]
-        assert self.ask(engine, other)[1] <= new(other, first) + more  # another chat of the same system prompt
-        assert self.ask(engine, third)[1] <= 1 + more
+        assert self.ask(reference, other)[1] <= new(other, first) + more  # another chat of the same system prompt
+        assert self.ask(reference, third)[1] <= 1 + more
 
         rewritten = [*third[:2], {"role": "assistant", "content": "Short."}, *third[3:]]  # a template drops thinking
-        assert self.ask(engine, rewritten)[1] <= new(rewritten, third) + more
+        assert self.ask(reference, rewritten)[1] <= new(rewritten, third) + more
 
     def test_logits_behind_a_known_beginning_are_a_cold_ones_to_the_bit(self, engine: Engine) -> None:
         """Where the passes have the same lengths, as the kernels do not depend on what else is in a pass."""
