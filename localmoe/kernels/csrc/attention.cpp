@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "layer.h"
 
@@ -23,7 +25,8 @@ void grow(Floats& memory, int64_t size) {
   if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
 }
 
-constexpr int64_t kShares = 32;  // of a context, at most: enough for every thread, and little to merge
+constexpr int64_t kShares = 32;    // of a context, at most: enough for every thread, and little to merge
+constexpr int64_t kTakenEach = 4;  // times that a thread takes some of them: so many that the threads end together
 
 // How a token that attends to `context` tokens divides them: by nothing else, so that batches and threads change no bit.
 struct Division {
@@ -72,7 +75,8 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   latent_.prepare(tier, layer.latent, tokens, threads);
   output_.prepare(tier, layer.output, tokens, threads);
   absorbing_.reset(layer.heads + 1, 1);  // all tokens of a head: its rows of the matrix are read once
-  shares_left_.reset(tokens * shares_ * head_blocks_, 1);
+  const int64_t items = tokens * shares_ * head_blocks_;
+  shares_left_.reset(items, std::max<int64_t>(1, items / (kTakenEach * threads)));
   merging_.reset(layer.heads, 1);
   const int64_t width = layer.rank + layer.rope, partials = tokens * shares_ * layer.heads;
   grow(queries_, tokens * layer.query.out);
@@ -85,12 +89,7 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   scratch_.resize(threads);
   for (std::vector<float>& scratch : scratch_) grow(scratch, layer.rank);
   attending_.resize(threads);
-  for (Attending& memory : attending_) {
-    grow(memory.scratch, attend_scratch(width));
-    grow(memory.largest, kHeadBlock);
-    grow(memory.sum, kHeadBlock);
-    grow(memory.latent, kHeadBlock * layer.rank);
-  }
+  for (AlignedFloats& scratch : attending_) grow(scratch, attend_scratch(width));
   interleaved_.resize(threads);
   for (Interleaved& queries : interleaved_) {
     queries.item = -1;
@@ -148,26 +147,38 @@ Partial AttentionWorkspace::partial(const MlaLayer& layer, int64_t token, int64_
   return {largest_.data() + at, sums_.data() + at, attended_.data() + at * layer.rank};
 }
 
+// Items [item, end): blocks of heads of shares of tokens' contexts. Of each token's, what all of these attend to is
+// brought near in one go.
 void AttentionWorkspace::attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
-                                int64_t item, int thread) {
-  const int64_t block = item % head_blocks_, share = item / head_blocks_ % shares_;
-  const int64_t token = item / head_blocks_ / shares_, end = start + token + 1, head = block * kHeadBlock;
-  const int64_t length = Division(end).chunks_a_share * kContextChunk, first = share * length;
-  const int64_t last = std::min(first + length, end), heads = std::min(kHeadBlock, layer.heads - head);
-  if (first >= end) return;  // an earlier token of the pass, whose context has fewer shares
+                                int64_t item, int64_t end, int thread) {
+  int64_t begin = 0, last_token = -1;
+  for (; item < end; ++item) {
+    const int64_t block = item % head_blocks_, share = item / head_blocks_ % shares_;
+    const int64_t token = item / head_blocks_ / shares_, context = start + token + 1;
+    const int64_t length = Division(context).chunks_a_share * kContextChunk, first = share * length;
+    if (first >= context) continue;  // an earlier token of the pass, whose context has fewer shares
+    if (std::exchange(last_token, token) != token) begin = first;
+    const int64_t shares = std::min((end - 1) / head_blocks_ + 1 - token * shares_, shares_);
+    const Chunk all{first, std::min(first + length, context), begin, std::min(shares * length, context)};
+    attend_share(ops, layer, cache, token, block, share, all, thread);
+  }
+}
+
+void AttentionWorkspace::attend_share(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache,
+                                      int64_t token, int64_t block, int64_t share, const Chunk& all, int thread) {
+  const int64_t head = block * kHeadBlock, heads = std::min(kHeadBlock, layer.heads - head);
   Interleaved& queries = interleaved_[thread];
   if (queries.item != token * head_blocks_ + block) {
     queries.item = token * head_blocks_ + block;
     ops.interleave(cache, absorbed_.data() + (token * layer.heads + head) * cache.width, heads, queries.numbers.data());
   }
-  Attending& memory = attending_[thread];
-  const Partial whole = partial(layer, token, share, head);
-  const Partial more{memory.largest.data(), memory.sum.data(), memory.latent.data()};
-  for (int64_t from = first; from < last; from += kContextChunk) {
-    const int64_t to = std::min(from + kContextChunk, last);
-    ops.attend(cache, from, to, queries.numbers.data(), heads, from == first ? whole : more, memory.scratch.data());
-    if (from != first) ops.add_partial(whole, more, heads, layer.rank);
-  }
+  const Partial to = partial(layer, token, share, head);
+  std::fill_n(to.largest, heads, -std::numeric_limits<float>::infinity());
+  std::fill_n(to.sum, heads, 0.0f);
+  std::fill_n(to.latent, heads * layer.rank, 0.0f);
+  for (int64_t first = all.first; first < all.last; first += kContextChunk)
+    ops.attend(cache, {first, std::min(first + kContextChunk, all.last), all.begin, all.end}, queries.numbers.data(),
+               heads, to, attending_[thread].data());
 }
 
 // The shares' parts in their order, then v_b.
@@ -194,7 +205,7 @@ void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLa
       for (int64_t t = 0; t < tokens; ++t) absorb(ops, layer, t, item - 1, rotations);
     });
     pool.barrier();
-    shares_left_.take([&](int64_t item, int64_t) { attend(ops, layer, cache, start, item, thread); });
+    shares_left_.take([&](int64_t item, int64_t end) { attend(ops, layer, cache, start, item, end, thread); });
     pool.barrier();
     merging_.take([&](int64_t head, int64_t) {
       for (int64_t t = 0; t < tokens; ++t) merge(ops, layer, start, t, head, scratch);

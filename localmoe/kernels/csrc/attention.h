@@ -60,19 +60,15 @@ class AttentionWorkspace {
     AlignedFloats numbers;
   };
 
-  // What a thread needs to attend: attend_scratch, and a chunk's part before it is added to its share's.
-  struct Attending {
-    AlignedFloats scratch;
-    std::vector<float> largest, sum, latent;
-  };
-
   void prepare(const Tier& tier, const MlaLayer& layer, int64_t start, int64_t tokens, int threads);
   void project(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const float* x, int thread);
   void remember(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
                 const float* rotations);
   void absorb(const VectorOps& ops, const MlaLayer& layer, int64_t token, int64_t head, const float* rotations);
   void attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start, int64_t item,
-              int thread);
+              int64_t end, int thread);
+  void attend_share(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t token, int64_t block,
+                    int64_t share, const Chunk& all, int thread);
   void merge(const VectorOps& ops, const MlaLayer& layer, int64_t start, int64_t token, int64_t head, float* scratch);
   Partial partial(const MlaLayer& layer, int64_t token, int64_t share, int64_t head);
 
@@ -82,7 +78,7 @@ class AttentionWorkspace {
   std::vector<float> low_, queries_, rows_, absorbed_, largest_, sums_, attended_, outputs_;
   std::vector<std::vector<float>> scratch_;  // by thread, as are the next two
   std::vector<Interleaved> interleaved_;
-  std::vector<Attending> attending_;
+  std::vector<AlignedFloats> attending_;
 };
 
 }  // namespace localmoe

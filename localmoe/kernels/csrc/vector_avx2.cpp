@@ -64,15 +64,15 @@ inline uint32_t largest_bits(const uint8_t* bf16, int64_t count) {
   return 0xffff - _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
 }
 
-// 16 bf16 numbers times `by`, to the nearest integers.
+// 16 bf16 numbers times `by`, to the nearest integers: where a sum with 1.5 * 2^23 has its low bits.
 inline void round_bf16(const uint8_t* from, Floats by, int16_t* to) {
-  const __m256i bits = load_256(from), zero = _mm256_setzero_si256();
-  const __m256 factor = reinterpret_cast<__m256>(by);
-  const __m256 low = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, bits));
-  const __m256 high = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, bits));
-  const __m256i one = _mm256_cvtps_epi32(_mm256_mul_ps(low, factor));
-  const __m256i two = _mm256_cvtps_epi32(_mm256_mul_ps(high, factor));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_packs_epi32(one, two));
+  const __m256i pairs = load_256(from);
+  const __m256 factor = reinterpret_cast<__m256>(by), base = _mm256_set1_ps(12582912.0f);
+  const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+  const __m256i low = _mm256_castps_si256(_mm256_fmadd_ps(even, factor, base));
+  const __m256i high = _mm256_castps_si256(_mm256_fmadd_ps(odd, factor, base));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa));
 }
 
 // 16 bytes of an int8 row as they are worth before its scale.
@@ -86,6 +86,13 @@ inline void interleave_halves(const int16_t* one, const int16_t* two, Halves* to
   const __m256i b = load_256(two);
   to[0] = reinterpret_cast<Halves>(_mm256_unpacklo_epi16(a, b));
   to[1] = reinterpret_cast<Halves>(_mm256_unpackhi_epi16(a, b));
+}
+
+// Sums over what `interleave_halves` made, in the order of the latents.
+inline void put_in_order(Floats& one, Floats& two) {
+  const __m256 a = reinterpret_cast<__m256>(one), b = reinterpret_cast<__m256>(two);
+  one = reinterpret_cast<Floats>(_mm256_permute2f128_ps(a, b, 0x20));
+  two = reinterpret_cast<Floats>(_mm256_permute2f128_ps(a, b, 0x31));
 }
 
 }  // namespace halves

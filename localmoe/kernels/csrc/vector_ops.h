@@ -29,12 +29,18 @@ struct LatentRows {
   }
 };
 
-// What attention over a chunk leaves, a head: the largest score, the sum of exp(score - largest), and that sum
-// with each term times its token's latent.
+// What attention over some cached tokens leaves, a head: the largest score, the sum of exp(score - largest), and that
+// sum with each term times its token's latent. Over none: minus infinity, 0 and 0.
 struct Partial {
   float* largest;  // [heads]
   float* sum;      // [heads]
   float* latent;   // [heads, rank]
+};
+
+// Cached tokens [first, last), at most kContextChunk, that a thread attends to now. It has begun at `begin` and goes on
+// until `end`: what comes next is brought near meanwhile.
+struct Chunk {
+  int64_t first, last, begin, end;
 };
 
 struct VectorOps {
@@ -56,12 +62,13 @@ struct VectorOps {
   // At most kHeadBlock queries [heads, width] as `attend` takes them for such rows: kHeadBlock * width numbers.
   void (*interleave)(const LatentRows& rows, const float* queries, int64_t heads, float* to);
 
-  // Attention of one token's `heads` queries, scaled and interleaved, to cached tokens [first, last), at most
-  // kContextChunk of them. `scratch` has attend_scratch(width) numbers, and both it and the queries begin a cache line.
-  void (*attend)(const LatentRows& rows, int64_t first, int64_t last, const float* queries, int64_t heads,
+  // Attention of one token's `heads` queries, scaled and interleaved, to a chunk of its context, added to what `partial`
+  // has of others (log-sum-exp, as in FlashDecoding). `scratch` has attend_scratch(width) numbers, and both it and the
+  // queries begin a cache line.
+  void (*attend)(const LatentRows& rows, const Chunk& chunk, const float* queries, int64_t heads,
                  const Partial& partial, float* scratch);
 
-  // What attention over both parts leaves, to the first (log-sum-exp, as in FlashDecoding).
+  // What attention over both parts leaves, to the first.
   void (*add_partial)(const Partial& to, const Partial& more, int64_t heads, int64_t rank);
 
   // gate[i] = silu(gate[i]) * up[i].
