@@ -6,7 +6,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,9 +29,6 @@ from localmoe.offload.experts import ExpertStore
 from localmoe.offload.probe import usable_memory
 from localmoe.speculative import MOST_DRAFTS
 from localmoe.store import Resolved, home, resolve
-
-if TYPE_CHECKING:
-    from localmoe.model.card.model import CardModel
 
 __all__ = ["Engine", "load"]
 
@@ -97,11 +93,12 @@ def load(
         engine = _on_card(card, checkpoint, config, chosen, experts, budget, ctx, deterministic)
     else:
         context = choose_context(needs, config.max_position_embeddings, ctx, budget)
-        layer = experts.layer if counts is None else counts.watching(experts.layer)
-        engine = Engine(Model(config, checkpoint, chosen, layer), checkpoint, chosen, context)
+        routed = experts.layer if counts is None else counts.watching(experts.layer)
+        engine = Engine(Model(config, checkpoint, chosen, routed), checkpoint, chosen, context)
     engine.reads_the_disk = larger
     if guesses:
-        engine.speculate(_mtp_layer(engine.model, checkpoint, chosen, experts), mtp)
+        layer = MtpLayer(engine.model, checkpoint, chosen, experts.layer) if mtp_layer else None
+        engine.speculate(layer, mtp)
     return engine
 
 
@@ -178,15 +175,6 @@ def _on_card(
 
     on_card = OnCard(placed, kept.uses, kept.hits, kept.expect, closing)
     return Engine(model, checkpoint, kernels, placed.context, on_card)
-
-
-def _mtp_layer(
-    model: Model | CardModel, checkpoint: Checkpoint, kernels: Kernels, experts: ExpertStore
-) -> MtpLayer | None:
-    """The checkpoint's own. On a card guesses come from what the text repeats: the MTP layer is the CPU's so far."""
-    if not isinstance(model, Model) or not has_mtp(model.config, checkpoint):
-        return None
-    return MtpLayer(model, checkpoint, kernels, experts.layer)
 
 
 def _refuse_unquantized(resolved: Resolved, checkpoint: Checkpoint) -> None:

@@ -24,12 +24,10 @@ class LanguageModel(Protocol):
         """Logits float32 [T, V], or [1, V] of the last token; `cache` then holds the tokens."""
         ...
 
-    def states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
-        """As `forward`, but what the head reads, float32 [T, H]. Only asked for by a drafter that needs it."""
-        ...
-
-    def logits(self, states: Tensor) -> Tensor:
-        """The head: [T, H] -> [T, V]."""
+    def forward_with_states(
+        self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and what the head read, float32 [T, H]. Only asked for by a drafter that needs it."""
         ...
 
 
@@ -110,8 +108,7 @@ class CachedTokens:
         states = None
         with torch.inference_mode():
             if guessing and self.drafter is not None and self.drafter.needs_states:
-                states = model.states(ids, self.cache)  # [T, H]
-                logits = model.logits(states if every else states[-1:])
+                logits, states = model.forward_with_states(ids, self.cache, last_only=not every)
             else:
                 logits = model.forward(ids, self.cache, last_only=not every)
         self._ids += token_ids

@@ -69,6 +69,28 @@ def test_half_the_experts_on_the_card(on_card: Callable[..., Engine], tmp_path: 
     assert counts.sum(1).tolist() == [0.0, *[tokens * engine.config.num_experts_per_tok] * 4]
 
 
+def test_the_mtp_layer_guesses_from_what_the_card_computed(on_card: Callable[..., Engine]) -> None:
+    """Beside the same layer on the CPU's engine: as many guesses, the same ones right, and the tokens of neither."""
+    prompt, count = [310], 3  # a row takes seconds on the interpreter
+
+    def generated(engine: Engine) -> tuple[list[int], tuple[str, int, int]]:
+        *_, last = steps = list(engine.generate(prompt, max_tokens=count, temperature=0))
+        assert last.stats is not None
+        guessed = last.stats.speculation
+        assert guessed is not None
+        return [step.token_id for step in steps], (guessed.drafter, guessed.drafted_tokens, guessed.accepted_tokens)
+
+    with on_card(64 * MIB, mtp=1, kernels="reference") as engine:
+        found = generated(engine)
+    with load("demo:source", device="cpu", kernels="reference", mtp=1) as reference:
+        assert found == generated(reference)
+    with load("demo:source", device="cpu", kernels="reference") as plain:
+        assert found[0] == [step.token_id for step in plain.generate(prompt, max_tokens=count, temperature=0)]
+    drafter, _, right = found[1]
+    assert drafter == "mtp"
+    assert right > 0
+
+
 def test_one_generation_at_a_time_and_nothing_is_learned(on_card: Callable[..., Engine], tmp_path: Path) -> None:
     with on_card(64 * MIB, deterministic=True, kernels="reference") as engine:
         first = engine.generate([5], max_tokens=3)

@@ -53,7 +53,13 @@ class Recorder:
         return torch.zeros(len(states), VOCABULARY)
 
     def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
-        return self.logits(self.states(token_ids, cache))
+        return self.forward_with_states(token_ids, cache)[0]
+
+    def forward_with_states(
+        self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        states = self.states(token_ids, cache)
+        return self.logits(states), states
 
 
 class Layer:

@@ -143,8 +143,14 @@ class Model:
         Returns float32 logits [T, V], or [1, V] of the last token. Raises InputError for no tokens or an id
         outside the vocabulary, ContextOverflowError where the cache is full; the cache is unchanged then.
         """
+        return self.forward_with_states(token_ids, cache, last_only=last_only)[0]
+
+    def forward_with_states(
+        self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and what `states` does."""
         states = self.states(token_ids, cache)
-        return self.logits(states[-1:] if last_only else states)
+        return self.logits(states[-1:] if last_only else states), states
 
     def states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """As `forward`, but the states after the final norm, float32 [T, H]: what the head and the MTP layer read."""

@@ -9,6 +9,7 @@ checkpoint still holds its copies of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from torch import Tensor
 from localmoe.formats.weights import Weight
 from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
-from localmoe.model.deepseek import Block, Blocks, Model
+from localmoe.model.deepseek import Block, Blocks
 from localmoe.model.kv_cache import LatentCache
 from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows
+from localmoe.model.mla import Positions
 from localmoe.model.moe import Experts
 
 
@@ -37,14 +39,35 @@ def has_matrix(source: WeightSource, module: str) -> bool:
     return any(f"{module}.{ending}" in source for ending in ("weight", "weight_packed", "weight_nf4"))
 
 
+class MainModel(Protocol):
+    """What the layer takes from the model that it guesses for, wherever that is computed; `localmoe.model.deepseek` and
+    `localmoe.model.card.model` have one."""
+
+    config: ModelConfig
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> float32 [T, H]."""
+        ...
+
+    def positions(self, start: int, count: int) -> Positions:
+        """The places `start` to `start + count` of a sequence."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The head: states [T, H] -> float32 logits [T, V]."""
+        ...
+
+
 class MtpLayer:
-    """The first MTP layer of a checkpoint, which must have one.
+    """The first MTP layer of a checkpoint, which must have one; computed on the CPU.
 
     Its cache has one layer, `cache(capacity)`. The row of token i is of the state there and of token i + 1, so it lacks
     one token of the main model's at least; it may begin later, too.
     """
 
-    def __init__(self, model: Model, source: WeightSource, kernels: Kernels, experts: Callable[[int], Experts]) -> None:
+    def __init__(
+        self, model: MainModel, source: WeightSource, kernels: Kernels, experts: Callable[[int], Experts]
+    ) -> None:
         config, module = model.config, mtp_module(model.config)
         self.width = config.hidden_size
         self._model = model

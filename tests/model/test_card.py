@@ -364,10 +364,11 @@ def test_tokens_taken_back_and_a_cache_that_lost_its_memory(device: torch.device
     wanted = ours.forward(ids, first)[-1]
     first.truncate(1)
     assert torch.equal(ours.forward(ids[1:], first)[-1], wanted)
-    states = ours.states(ids[:1], first)
+    logits, states = ours.forward_with_states(ids[:1], first)
     assert states.shape == (1, 64)
     first.truncate(3)
-    assert torch.equal(ours.logits(states), ours.forward(ids[:1], first))
+    assert torch.equal(ours.forward(ids[:1], first), logits)
+    assert torch.equal(ours.logits(states), logits)
     second = ours.new_cache(10)
     with pytest.raises(UsageError, match="another generation"):
         ours.forward(ids, first)

@@ -45,7 +45,7 @@ class Source:
             "kv_a_proj_with_mqa": (config.latent_width, hidden), "kv_b_proj": (expanded, rank),
             "o_proj": (hidden, heads * config.v_head_dim),
         }  # fmt: skip
-        forms = {name: "bf16" if form == "even" else form for name in shapes}
+        forms = dict.fromkeys(shapes, "bf16" if form == "even" else form)
         forms["kv_b_proj"] = "int8" if form == "int4" else form
         self.weights = {name: stored(shape, forms[name]) for name, shape in shapes.items()}
         self.norms = {"q_a_layernorm": low, "kv_a_layernorm": rank}
@@ -160,7 +160,7 @@ def test_an_int8_cache_in_integers_costs_the_querys_rounding(tier: str, context:
 def test_a_bf16_cache_in_integers_is_read_as_torch_reads_it(
     tier: str, context: int, count: int, heads: int, outlier: int
 ) -> None:
-    """Ranks of whole 64s and rotated keys of whole 32s, in 16 bits with AVX2 and AVX-512: a query's part for 192 latents
+    """Ranks of whole 64s, rotated keys of whole 32s, in 16 bits with AVX2 and AVX-512: a query's part for 192 latents
     has 19,000 steps in its length, of which rounding takes 4, 0.02 %, and a new row that lies between two steps of the
     cache may go either way. 1e-3 of the norm. With one latent 30 times the others, which all lose 2^-14 of it: 3e-3."""
     changes = {"kv_lora_rank": 192, "qk_rope_head_dim": 32, "num_attention_heads": heads}

@@ -25,6 +25,7 @@ from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Block, Blocks, check_tokens, positions
 from localmoe.model.kv_cache import LatentCache
 from localmoe.model.layers import Linear, RMSNorm, WeightSource, embedding_rows, expert_weights
+from localmoe.model.mla import Positions
 from localmoe.model.moe import Experts
 from localmoe.model.rope import Rope
 from localmoe.model.sizes import HEAD_ROWS
@@ -192,19 +193,32 @@ class CardModel:
 
     def forward(self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False) -> Tensor:
         """As `Model.forward`; `cache` is from `new_cache`."""
-        if self._whole and len(token_ids) <= MOST_ROWS:
-            self._few(token_ids, cache)
-            cache.advance(len(token_ids))
-            with self._card_time:
-                self._wait()
-            logits = self._logits[: len(token_ids)]
-            return (logits[-1:] if last_only else logits).clone()
-        states = self._states(token_ids, cache)
-        return self.logits(states[-1:] if last_only else states)
+        return self._forward(token_ids, cache, last_only)[0]
 
-    def states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
-        """As `Model.states`, in CPU memory."""
-        return self._states(token_ids, cache).cpu()
+    def forward_with_states(
+        self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As `Model.forward_with_states`, in CPU memory both."""
+        logits, states = self._forward(token_ids, cache, last_only)
+        return logits, states.to("cpu", copy=True)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """As `Model.embed`."""
+        return embedding_rows(self._embedding, token_ids)
+
+    def positions(self, start: int, count: int) -> Positions:
+        """As `Model.positions`: for a block on the CPU."""
+        return positions(self.config, self._rope, start, count)
+
+    def _forward(self, token_ids: Tensor, cache: LatentCache, last_only: bool) -> tuple[Tensor, Tensor]:
+        """Logits in CPU memory, and states where they are."""
+        states = self._states(token_ids, cache)
+        if not self._whole or len(token_ids) > MOST_ROWS:
+            return self.logits(states[-1:] if last_only else states), states
+        with self._card_time:
+            self._wait()
+        logits = self._logits[: len(token_ids)]
+        return (logits[-1:] if last_only else logits).clone(), states
 
     def logits(self, states: Tensor) -> Tensor:
         """The head: states [T, H], anywhere -> float32 logits [T, V] in CPU memory."""
@@ -229,7 +243,7 @@ class CardModel:
         return not self._blocks and isinstance(self._head, CardLinear)
 
     def _states(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
-        """After the final norm, [T, H], where the last layer is; `cache` has the tokens then."""
+        """After the final norm, [T, H], where the last layer is, until the next pass; `cache` has the tokens then."""
         count = len(token_ids)
         if count <= MOST_ROWS:
             self._few(token_ids, cache)
@@ -241,13 +255,13 @@ class CardModel:
                 self._wait()
                 x = x.cpu()
             self._kernels.share_cores(count)
-            places = positions(self.config, self._rope, cache.length, count)
+            places = self.positions(cache.length, count)
             x = self._blocks(x, places, cache)
             cache.advance(count)
             return self._norm(x)
         cache.advance(count)
         if count <= MOST_ROWS and self._whole:
-            return self._rows.states.natural[:count].clone()
+            return self._rows.states.natural[:count]
         return rms_norm(x, self._card_norm, self.config.rms_norm_eps, torch.empty_like(x))
 
     def _few(self, token_ids: Tensor, cache: LatentCache) -> None:
@@ -256,7 +270,7 @@ class CardModel:
         count, rows = len(token_ids), self._rows
         self._latents.leave_room(cache.length + count)
         self._kernels.share_cores(count)
-        self._staged[:count] = embedding_rows(self._embedding, token_ids)
+        self._staged[:count] = self.embed(token_ids)
         self._staged_start[0] = cache.length
         with self._card_time:
             rows.stream[:count].copy_(self._staged[:count], non_blocking=True)
@@ -313,7 +327,7 @@ class CardModel:
     def _timed(self, token_id: int, cache: LatentCache, mark: Marks) -> None:
         """The card's part of a pass of one token, with marks."""
         rows, ids = self._rows, torch.tensor([token_id])
-        self._staged[:1] = embedding_rows(self._embedding, ids)
+        self._staged[:1] = self.embed(ids)
         self._staged_start[0] = cache.length
         if self._device.type == "cuda":  # asleep, so that all of the pass is in its queue before it begins
             torch.cuda._sleep(_SLEEP)  # type: ignore[no-untyped-call]
@@ -352,7 +366,7 @@ class CardModel:
     def _many_rows(self, token_ids: Tensor, start: int) -> Tensor:
         """Places from `start` on."""
         with self._card_time:
-            x = embedding_rows(self._embedding, token_ids).to(self._device)
+            x = self.embed(token_ids).to(self._device)
             place = torch.tensor([start], dtype=torch.int32, device=self._device)
             for layer in self._layers:
                 x = layer.many(x, self._latents.rows[layer.index], start, place, self._rotations)
