@@ -1,12 +1,13 @@
-"""The engine as a whole on a card: sections `check-engine` and `engine` of `scripts/gpu_check`.
+"""The engine as a whole on a card: sections `check-engine`, `check-guesses` and `engine` of `scripts/gpu_check`.
 
-The check runs the demo, which is in the checkout, against the reference on the CPU. The timings run
+The checks run the demo, which is in the checkout, against the reference on the CPU and against itself. The timings run
 `localmoe.benchmark` on a random checkpoint of V2-Lite's shape, made on the spot, with as much memory as --vram gives.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 KLD = 1e-3
 AGREE = 0.97  # of 160 tokens: a near-tie or two of a small model may fall the other way
+NEAR = 1e-3  # logits that another order of summation may turn around
 _GIB = 1 << 30
 _CONTEXT, _LONG = 4096, 131072  # tokens
 _ANSWER = 64
@@ -60,7 +62,7 @@ def ensure_extension() -> None:
 
 @contextmanager
 def opened(
-    model: str, device: torch.device, vram: int | None, context: int, *, deterministic: bool = False
+    model: str, device: torch.device, vram: int | None, context: int, *, deterministic: bool = False, mtp: int = 0
 ) -> Iterator[Any]:
     """The model on the card; without one, on the interpreter as if the CPU's memory were a card's."""
     import localmoe.load as loading
@@ -72,7 +74,12 @@ def opened(
     given = vram if device.type == "cuda" else None
     with mock.patch.object(loading, "choose_card", choose):
         engine = loading.load(
-            model, device="auto" if given is None else "cuda", vram=given, ctx=context, deterministic=deterministic
+            model,
+            device="auto" if given is None else "cuda",
+            vram=given,
+            ctx=context,
+            deterministic=deterministic,
+            mtp=mtp,
         )
     with engine:
         yield engine
@@ -137,6 +144,49 @@ def _giving_back(bench: Any, vram: int, text: str) -> dict[str, Any]:
     elif bench.on_gpu and not slots[1] < slots[0] == slots[2]:
         row["error"] = "nothing was given back, or it did not come back"
     return row
+
+
+def check_guesses(bench: Any) -> Iterator[dict[str, Any]]:
+    """Greedy answers of the demo with one guess at a time and with three, against those without: how many differ, how
+    many of these where two logits nearly tie, and what guessing gains."""
+    ensure_extension()
+    prompts, answer, lengths = (200, 32, (1, 3)) if bench.on_gpu else (1, 3, (1,))
+    beginnings = torch.randint(300, 4000, (prompts, 8), generator=torch.Generator().manual_seed(3))
+    ids = [row[: 1 + i % 8].tolist() for i, row in enumerate(beginnings)]
+    if not bench.on_gpu:
+        ids = [[310]]  # whose next token is guessed right: a row takes seconds
+
+    def answers(mtp: int) -> tuple[list[list[int]], float, list[Any]]:
+        with opened("demo:source", bench.device, None, 64, deterministic=True, mtp=mtp) as engine:
+            list(engine.generate(ids[0], max_tokens=2 * answer if bench.on_gpu else 1, temperature=0))  # graphs
+            runs = [list(engine.generate(prompt, max_tokens=answer, temperature=0)) for prompt in ids]
+            last = [steps[-1].stats for steps in runs]
+            seconds = sum(stats.decode_seconds for stats in last)
+            return [[step.token_id for step in steps] for steps in runs], seconds, [stats.speculation for stats in last]
+
+    wanted, plain_seconds, _ = answers(0)
+    for mtp in lengths:
+        found, seconds, guessed = answers(mtp)
+        pairs = zip(ids, wanted, found, strict=True)
+        margins = [margin(bench, prompt, one, two) for prompt, one, two in pairs if one != two]
+        row = {
+            "case": f"{mtp} at a time", "answers": prompts, "other": len(margins),
+            "near_ties": sum(each < NEAR for each in margins), "gain": plain_seconds / seconds,
+            "right": sum(each.accepted_tokens for each in guessed) / sum(each.drafted_tokens for each in guessed),
+        }  # fmt: skip
+        if row["near_ties"] < len(margins):
+            row["error"] = f"another answer where the logits are {max(margins):.3g} apart"
+        yield row
+
+
+def margin(bench: Any, prompt: list[int], one: list[int], two: list[int]) -> float:
+    """How far apart the logits of the two tokens are where the answers part."""
+    place = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+    if place is None:  # one is longer
+        return math.inf
+    with opened("demo:source", bench.device, None, 64, deterministic=True) as engine:
+        logits = engine.logits(prompt + one[:place])[-1]
+    return abs(float(logits[one[place]] - logits[two[place]]))
 
 
 def engine(bench: Any) -> Iterator[dict[str, Any]]:

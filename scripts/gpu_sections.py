@@ -439,7 +439,7 @@ def run(name: str, device: str) -> None:
     sections: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
         "environment": environment, "extension": extension, "bandwidth": bandwidth, "matvec": matvec,
         "matmul": matmul, "experts": experts, "decode": decode, "check-engine": gpu_engine.check_engine,
-        "engine": gpu_engine.engine, "knobs": gpu_knobs.knobs,
+        "check-guesses": gpu_engine.check_guesses, "engine": gpu_engine.engine, "knobs": gpu_knobs.knobs,
     }  # fmt: skip
     rows = sections[name](bench) if name in sections else check(bench, name.removeprefix("check-"))
     for row in rows:

@@ -50,6 +50,7 @@ def gpu_check(*arguments: str) -> tuple[int, list[str], dict[str, Any]]:
         ("experts", 4, ("eager_us", "gbps", "share")),
         ("decode", 2, ("eager_us", "gbps", "share")),
         ("engine", 1, ("prefill_tps", "decode_tps", "open_s")),
+        ("check_guesses", 1, ("answers", "gain", "right")),
     ],
 )
 def test_timings(name: str, count: int, figures: tuple[str, ...], sections: ModuleType) -> None:
