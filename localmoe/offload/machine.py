@@ -44,8 +44,8 @@ _EXPERTS_SHARE = 0.85  # of a large matrix's rate, by a layer's chosen experts; 
 _CACHE_OVER_MEMORY = 4.0
 _MACS_A_CORE = 60e9  # integer multiply-adds a second a core with many tokens (AVX2; AVX-512 VNNI does 130)
 _TORCH_MACS_A_CORE = 25e9  # float32
-_LATENT_MACS_A_CORE = {"avx512": 75e9}  # one token's attention, bf16 cache; measured, an int8 cache 110e9
-_OTHER_LATENT_MACS_A_CORE = 40e9  # AVX2, measured
+_LATENT_MACS_A_CORE = {"avx512": 85e9}  # one token's attention, bf16 cache; measured, an int8 cache 130e9
+_OTHER_LATENT_MACS_A_CORE = 44e9  # AVX2, measured
 _CPU_LAYER = 150e-6  # seconds: Python, torch's router, barriers
 _DISK = 2e9  # a PCIe 3 NVMe drive, read through a mapping
 # An RTX 3060, the smallest card of the 12 GB that many have, in a PCIe 4 x16 slot.
