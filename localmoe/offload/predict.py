@@ -34,6 +34,9 @@ GPU_LAYERS = "fixed costs of the card's layers"
 HANDOFF = "handing over between card and CPU"
 PCIE = "PCIe"
 
+EVICTION = 1.7e9
+"""Bytes a second that full memory gives up for what comes from the disk, beside reading it (measured, two cores)."""
+
 
 class Costs(dict[str, float]):
     """Seconds by cause; a cause that is not there costs nothing."""
@@ -221,7 +224,7 @@ def _cold_experts(subject: Subject, machine: Machine, index: int, home: Residenc
         if tokens > 1:
             costs[CPU_COMPUTE] += tokens * uses * layer.expert.weights.get(form, 0) / cpu.many_rate(form)
     fetched = _touched(home.disk_experts, k * home.disk_hits, tokens)
-    costs[DISK] += fetched * layer.expert.nbytes / machine.disk.value
+    costs[DISK] += fetched * layer.expert.nbytes * (1 / machine.disk.value + 1 / EVICTION)
     return costs
 
 
