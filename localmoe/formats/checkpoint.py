@@ -40,6 +40,7 @@ class Checkpoint:
         self.quantization, self.fp8_block = _parse_quantization(config)
         self._mapped: dict[Path, Tensor] = {}
         self._closed = False
+        self._warming: list[threading.Thread] = []
         self._huge_pages = True
 
     @classmethod
@@ -65,8 +66,11 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Let go of the mapped files; views that are still held keep theirs alive."""
+        """Let go of the mapped files; views that are still held keep theirs alive. Waits for what is warmed just now: a
+        thread that lets a file go while Python ends would end the process."""
         self._closed = True
+        for thread in self._warming:
+            thread.join()
         self._mapped.clear()
 
     def warm(self, names: Iterable[str] | None = None, *, keep: bool = False) -> threading.Thread:
@@ -83,6 +87,7 @@ class Checkpoint:
         else:
             pieces = [(self._file(path), start, size) for path, start, size in _joined(map(self.info, names))]
         thread = threading.Thread(target=self._bring, args=(pieces, keep), name="localmoe-warm", daemon=True)
+        self._warming.append(thread)
         thread.start()
         return thread
 

@@ -18,7 +18,7 @@ from localmoe.errors import CheckpointError
 
 _POPULATE_READ = 22  # linux/mman.h; Python's mmap holds the GIL during madvise and does not name it
 _HUGE_PAGE = 2 << 20  # a page of the system's is at least smaller than this; where they are larger, it declines
-_PIECE = 64 << 20  # mapped at a time
+_PIECE = 16 << 20  # mapped at a time: closing waits for one
 _libc = ctypes.CDLL(None)
 _madvise, _mlock = _libc.madvise, _libc.mlock
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,23 @@ def test_tensors_that_touch_are_brought_together() -> None:
     infos = [info("b", 8, 4), info("a", 30, 10), info("a", 10, 20), info("a", 50, 5), info("b", 12, 1)]
     assert _joined(infos) == [(Path("a"), 10, 30), (Path("a"), 50, 5), (Path("b"), 8, 5)]
     assert _joined([]) == []
+
+
+def test_nothing_is_warmed_after_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread would hold the files, and let them go as Python ends."""
+    begun = threading.Event()
+
+    def bring(*_: object, stopped: Callable[[], bool], **__: object) -> bool:
+        begun.set()
+        while not stopped():
+            time.sleep(0.001)
+        return False
+
+    monkeypatch.setattr("localmoe.formats.checkpoint.bring", bring)
+    with Checkpoint.open(DEMO) as checkpoint:
+        thread = checkpoint.warm()
+        assert begun.wait(60)
+    assert not thread.is_alive()
 
 
 def test_some_tensors_of_a_checkpoint_are_warmed() -> None:

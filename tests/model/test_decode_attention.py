@@ -141,8 +141,8 @@ def test_an_int8_cache_is_read_as_torch_reads_it(tier: str, context: int, count:
 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
-@pytest.mark.parametrize(("context", "count"), [(0, 1), (1, 2), (300, 4), (700, 1)])
-@pytest.mark.parametrize("heads", [5, 8, 11, 19])
+@pytest.mark.parametrize(("context", "count"), [(0, 1), (1, 2), (300, 4), (700, 1), (9000, 2)])
+@pytest.mark.parametrize("heads", [5, 8, 11, 19, 70])
 def test_an_int8_cache_in_integers_costs_the_querys_rounding(tier: str, context: int, count: int, heads: int) -> None:
     """Ranks of whole 64s. AVX-512 rounds queries to 1/127 of the largest of 64, about what the cache's own rounding
     costs: 0.3 to 1.4 % of the norm; 2 % is a bound. AVX2 rounds them to 16 bits: what is left is rows that lie between
@@ -155,7 +155,7 @@ def test_an_int8_cache_in_integers_costs_the_querys_rounding(tier: str, context:
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize(("context", "count"), [(0, 1), (1, 2), (300, 4), (700, 1), (9000, 2)])
-@pytest.mark.parametrize("heads", [5, 8, 11, 19])
+@pytest.mark.parametrize("heads", [5, 8, 11, 19, 70])
 @pytest.mark.parametrize("outlier", [1, 30])
 def test_a_bf16_cache_in_integers_is_read_as_torch_reads_it(
     tier: str, context: int, count: int, heads: int, outlier: int
@@ -200,10 +200,23 @@ def test_a_query_along_the_largest_rows_leaves_no_integer(tier: str, dtype: torc
 
 
 @pytest.mark.parametrize("tier", cpu.available_tiers())
-def test_a_number_that_is_none_in_the_cache_shows(tier: str) -> None:
-    """It isn't rounded to one that is."""
-    layer = Layer("bf16", tier, 300, torch.bfloat16, kv_lora_rank=192, qk_rope_head_dim=32)
-    layer.cache.reserve(0, 0)[5, 3] = torch.nan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("column", [3, 192], ids=["latent", "rotated key"])
+def test_a_number_that_is_none_in_the_cache_shows(tier: str, dtype: torch.dtype, column: int) -> None:
+    """It isn't rounded to one that is, and doesn't have all the weight."""
+    layer = Layer("bf16", tier, 0, dtype, kv_lora_rank=192, qk_rope_head_dim=32)
+    rows = torch.randn(300, layer.config.latent_width)
+    rows[5, column] = torch.nan
+    layer.cache.append(0, rows)
+    layer.cache.advance(300)
+    assert layer(tokens(1)).isnan().all()
+
+
+@pytest.mark.parametrize("tier", cpu.available_tiers())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_token_that_is_none_shows_now_and_later(tier: str, dtype: torch.dtype) -> None:
+    layer = Layer("bf16", tier, 300, dtype, kv_lora_rank=192, qk_rope_head_dim=32)
+    assert layer(torch.full((1, 96), torch.nan)).isnan().all()
     assert layer(tokens(1)).isnan().all()
 
 
@@ -218,11 +231,13 @@ def test_an_int8_cache_costs_its_rounding(tier: str) -> None:
 @pytest.mark.parametrize("tier", cpu.available_tiers())
 @pytest.mark.parametrize("context", [0, 250, 8188])  # with 8,192 tokens a share of the context becomes two chunks
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("rank", [160, 192])  # of the latent: whole 64s are attended to in integers
-def test_a_token_has_the_same_bits_alone_or_with_others(tier: str, context: int, dtype: torch.dtype, rank: int) -> None:
-    x = tokens(8)
-    together = Layer("int4", tier, context, dtype, kv_lora_rank=rank, qk_rope_head_dim=32)(x)
-    alone = Layer("int4", tier, context, dtype, kv_lora_rank=rank, qk_rope_head_dim=32)
+@pytest.mark.parametrize(("rank", "heads"), [(160, 11), (192, 11), (192, 70)])  # whole 64s are attended to in integers
+def test_a_token_has_the_same_bits_alone_or_with_others(
+    tier: str, context: int, dtype: torch.dtype, rank: int, heads: int
+) -> None:
+    x, changes = tokens(8), {"kv_lora_rank": rank, "qk_rope_head_dim": 32, "num_attention_heads": heads}
+    together = Layer("int4", tier, context, dtype, **changes)(x)
+    alone = Layer("int4", tier, context, dtype, **changes)
     assert torch.equal(torch.cat([alone(x[i : i + 1]) for i in range(8)]), together)
 
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <utility>
 
 #include "layer.h"
 
@@ -27,6 +26,7 @@ void grow(Floats& memory, int64_t size) {
 
 constexpr int64_t kShares = 32;    // of a context, at most: enough for every thread, and little to merge
 constexpr int64_t kTakenEach = 4;  // times that a thread takes some of them: so many that the threads end together
+constexpr int64_t kMostTogether = 4;  // blocks of heads for which a row is widened once: more leave the second cache
 
 // How a token that attends to `context` tokens divides them: by nothing else, so that batches and threads change no bit.
 struct Division {
@@ -75,8 +75,12 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   latent_.prepare(tier, layer.latent, tokens, threads);
   output_.prepare(tier, layer.output, tokens, threads);
   absorbing_.reset(layer.heads + 1, 1);  // all tokens of a head: its rows of the matrix are read once
-  const int64_t items = tokens * shares_ * head_blocks_;
-  shares_left_.reset(items, std::max<int64_t>(1, items / (kTakenEach * threads)));
+  const int64_t takes = kTakenEach * threads;
+  together_ = std::clamp<int64_t>(tokens * shares_ * head_blocks_ / takes, 1, std::min(kMostTogether, head_blocks_));
+  groups_ = (head_blocks_ + together_ - 1) / together_;
+  const int64_t items = tokens * shares_ * groups_;
+  interleaving_.reset(tokens * head_blocks_, 1);
+  shares_left_.reset(items, std::max<int64_t>(1, items / takes));
   merging_.reset(layer.heads, 1);
   const int64_t width = layer.rank + layer.rope, partials = tokens * shares_ * layer.heads;
   grow(queries_, tokens * layer.query.out);
@@ -88,13 +92,9 @@ void AttentionWorkspace::prepare(const Tier& tier, const MlaLayer& layer, int64_
   grow(outputs_, tokens * layer.heads * layer.value);
   scratch_.resize(threads);
   for (std::vector<float>& scratch : scratch_) grow(scratch, layer.rank);
+  grow(interleaved_, tokens * head_blocks_ * kHeadBlock * width);
   attending_.resize(threads);
-  for (AlignedFloats& scratch : attending_) grow(scratch, attend_scratch(width));
-  interleaved_.resize(threads);
-  for (Interleaved& queries : interleaved_) {
-    queries.item = -1;
-    grow(queries.numbers, kHeadBlock * width);
-  }
+  for (AlignedFloats& scratch : attending_) grow(scratch, attend_scratch(width, together_ * kHeadBlock));
 }
 
 // The query, by one matrix or two, and the tokens' rows of the cache before their norm.
@@ -147,38 +147,35 @@ Partial AttentionWorkspace::partial(const MlaLayer& layer, int64_t token, int64_
   return {largest_.data() + at, sums_.data() + at, attended_.data() + at * layer.rank};
 }
 
-// Items [item, end): blocks of heads of shares of tokens' contexts. Of each token's, what all of these attend to is
-// brought near in one go.
-void AttentionWorkspace::attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
-                                int64_t item, int64_t end, int thread) {
-  int64_t begin = 0, last_token = -1;
-  for (; item < end; ++item) {
-    const int64_t block = item % head_blocks_, share = item / head_blocks_ % shares_;
-    const int64_t token = item / head_blocks_ / shares_, context = start + token + 1;
-    const int64_t length = Division(context).chunks_a_share * kContextChunk, first = share * length;
-    if (first >= context) continue;  // an earlier token of the pass, whose context has fewer shares
-    if (std::exchange(last_token, token) != token) begin = first;
-    const int64_t shares = std::min((end - 1) / head_blocks_ + 1 - token * shares_, shares_);
-    const Chunk all{first, std::min(first + length, context), begin, std::min(shares * length, context)};
-    attend_share(ops, layer, cache, token, block, share, all, thread);
-  }
+// A block of a token's queries as `attend` takes them; all have theirs before any attends.
+void AttentionWorkspace::interleave(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t item) {
+  const int64_t token = item / head_blocks_, head = item % head_blocks_ * kHeadBlock;
+  ops.interleave(cache, absorbed_.data() + (token * layer.heads + head) * cache.width,
+                 std::min(kHeadBlock, layer.heads - head), interleaved_.data() + item * kHeadBlock * cache.width);
 }
 
-void AttentionWorkspace::attend_share(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache,
-                                      int64_t token, int64_t block, int64_t share, const Chunk& all, int thread) {
-  const int64_t head = block * kHeadBlock, heads = std::min(kHeadBlock, layer.heads - head);
-  Interleaved& queries = interleaved_[thread];
-  if (queries.item != token * head_blocks_ + block) {
-    queries.item = token * head_blocks_ + block;
-    ops.interleave(cache, absorbed_.data() + (token * layer.heads + head) * cache.width, heads, queries.numbers.data());
+// Items [item, end): shares of a token's context, then those of its next blocks of heads, then of the next token.
+void AttentionWorkspace::attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
+                                int64_t item, int64_t end, float* scratch) {
+  for (int64_t begin = -1; item < end; ++item) {
+    const int64_t share = item % shares_, block = item / shares_ % groups_ * together_;
+    const int64_t token = item / shares_ / groups_, context = start + token + 1;
+    const int64_t length = Division(context).chunks_a_share * kContextChunk, first = share * length;
+    if (first >= context) continue;  // an earlier token of the pass, whose context has fewer shares
+    if (begin < 0 || share == 0) begin = first;
+    const int64_t next_shares = std::min(end - item, shares_ - share);
+    const int64_t head = block * kHeadBlock, heads = std::min(together_ * kHeadBlock, layer.heads - head);
+    const Partial to = partial(layer, token, share, head);
+    std::fill_n(to.largest, heads, -std::numeric_limits<float>::infinity());
+    std::fill_n(to.sum, heads, 0.0f);
+    std::fill_n(to.latent, heads * layer.rank, 0.0f);
+    const float* queries = interleaved_.data() + (token * head_blocks_ + block) * kHeadBlock * cache.width;
+    for (int64_t from = first; from < std::min(first + length, context); from += kContextChunk) {
+      const Chunk chunk{from, std::min(from + kContextChunk, context), begin,
+                        std::min(first + next_shares * length, context)};
+      ops.attend(cache, chunk, queries, heads, to, scratch);
+    }
   }
-  const Partial to = partial(layer, token, share, head);
-  std::fill_n(to.largest, heads, -std::numeric_limits<float>::infinity());
-  std::fill_n(to.sum, heads, 0.0f);
-  std::fill_n(to.latent, heads * layer.rank, 0.0f);
-  for (int64_t first = all.first; first < all.last; first += kContextChunk)
-    ops.attend(cache, {first, std::min(first + kContextChunk, all.last), all.begin, all.end}, queries.numbers.data(),
-               heads, to, attending_[thread].data());
 }
 
 // The shares' parts in their order, then v_b.
@@ -205,7 +202,11 @@ void AttentionWorkspace::forward(const Tier& tier, ThreadPool& pool, const MlaLa
       for (int64_t t = 0; t < tokens; ++t) absorb(ops, layer, t, item - 1, rotations);
     });
     pool.barrier();
-    shares_left_.take([&](int64_t item, int64_t end) { attend(ops, layer, cache, start, item, end, thread); });
+    interleaving_.take([&](int64_t item, int64_t) { interleave(ops, layer, cache, item); });
+    pool.barrier();
+    shares_left_.take([&](int64_t item, int64_t end) {
+      attend(ops, layer, cache, start, item, end, attending_[thread].data());
+    });
     pool.barrier();
     merging_.take([&](int64_t head, int64_t) {
       for (int64_t t = 0; t < tokens; ++t) merge(ops, layer, start, t, head, scratch);

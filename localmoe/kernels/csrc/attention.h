@@ -54,30 +54,24 @@ class AttentionWorkspace {
     void multiply(const Tier& tier, const Matrix& matrix, float* y, const Matrix& then);
   };
 
-  // A token's queries of one block of heads, in the order that the kernels take; kept from chunk to chunk.
-  struct Interleaved {
-    int64_t item = -1;
-    AlignedFloats numbers;
-  };
-
   void prepare(const Tier& tier, const MlaLayer& layer, int64_t start, int64_t tokens, int threads);
   void project(const Tier& tier, ThreadPool& pool, const MlaLayer& layer, const float* x, int thread);
   void remember(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start,
                 const float* rotations);
   void absorb(const VectorOps& ops, const MlaLayer& layer, int64_t token, int64_t head, const float* rotations);
+  void interleave(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t item);
   void attend(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t start, int64_t item,
-              int64_t end, int thread);
-  void attend_share(const VectorOps& ops, const MlaLayer& layer, const LatentRows& cache, int64_t token, int64_t block,
-                    int64_t share, const Chunk& all, int thread);
+              int64_t end, float* scratch);
   void merge(const VectorOps& ops, const MlaLayer& layer, int64_t start, int64_t token, int64_t head, float* scratch);
   Partial partial(const MlaLayer& layer, int64_t token, int64_t share, int64_t head);
 
   Step query_down_, query_, latent_, output_;
-  Chunks absorbing_, shares_left_, merging_;
+  Chunks absorbing_, interleaving_, shares_left_, merging_;
   int64_t tokens_ = 0, shares_ = 0, head_blocks_ = 0;
+  int64_t together_ = 1, groups_ = 0;  // blocks of heads that attend at the same time, and how often that many
   std::vector<float> low_, queries_, rows_, absorbed_, largest_, sums_, attended_, outputs_;
-  std::vector<std::vector<float>> scratch_;  // by thread, as are the next two
-  std::vector<Interleaved> interleaved_;
+  AlignedFloats interleaved_;                // [tokens, blocks of heads, kHeadBlock, width]
+  std::vector<std::vector<float>> scratch_;  // by thread, as is the next
   std::vector<AlignedFloats> attending_;
 };
 

@@ -63,7 +63,8 @@ struct VectorOps {
   void (*interleave)(const LatentRows& rows, const float* queries, int64_t heads, float* to);
 
   // Attention of one token's `heads` queries, scaled and interleaved, to a chunk of its context, added to what `partial`
-  // has of others (log-sum-exp, as in FlashDecoding). `scratch` has attend_scratch(width) numbers, and both it and the
+  // has of others (log-sum-exp, as in FlashDecoding). The heads are blocks that were interleaved one behind the other,
+  // only the last of which may have fewer than kHeadBlock. `scratch` has attend_scratch numbers, and both it and the
   // queries begin a cache line.
   void (*attend)(const LatentRows& rows, const Chunk& chunk, const float* queries, int64_t heads,
                  const Partial& partial, float* scratch);
@@ -80,9 +81,10 @@ struct VectorOps {
 
 constexpr int64_t kTileRows = 16;  // cached rows widened at a time
 
-// Scores, a tile of rows (in 16-bit integers whole spans of 64), and a chunk's latents in 16 bits.
-inline int64_t attend_scratch(int64_t width) {
-  return (kHeadBlock + width / 2) * kContextChunk + kTileRows * (width + 64);
+// Scores of whole blocks of heads, a tile of rows (in 16-bit integers whole spans of 64), and a chunk's latents in 16
+// bits.
+inline int64_t attend_scratch(int64_t width, int64_t heads) {
+  return (heads + width / 2) * kContextChunk + kTileRows * (width + 64);
 }
 
 // Those of the tier of this name; avxvnni has avx2's.
