@@ -27,7 +27,8 @@ class LanguageModel(Protocol):
     def forward_with_states(
         self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, and what the head read, float32 [T, H]. Only asked for by a drafter that needs it."""
+        """What `forward` returns, and what the head read, float32 [T, H], or of the last tokens of many. Only asked for
+        by a drafter that needs it."""
         ...
 
 

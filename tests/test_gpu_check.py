@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -60,6 +61,14 @@ def test_timings(name: str, count: int, figures: tuple[str, ...], sections: Modu
     for row in rows:
         assert "error" not in row
         assert all(row[figure] > 0 for figure in figures)
+
+
+@needs_no_gpu
+def test_where_two_answers_part(sections: ModuleType) -> None:
+    """The demo goes on from 310 with 18: any other token's logit is below that; one that ends early is no near-tie."""
+    margins = sections.gpu_engine.margins_of(sections.Bench("cpu"), [([310], [18], [19]), ([310], [18, 287], [18])])
+    assert 0.01 < margins[0] < math.inf
+    assert margins[1] == math.inf
 
 
 @needs_no_gpu

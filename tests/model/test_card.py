@@ -357,6 +357,14 @@ def test_rows_have_their_bits_alone_and_together(device: torch.device) -> None:
     assert torch.equal(logits([1, 4]), one_by_one)
 
 
+def test_a_drafter_gets_the_last_states_of_a_long_pass(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = models(device)
+    monkeypatch.setattr("localmoe.model.card.model._STATES", 4)
+    logits, states = ours.forward_with_states(torch.arange(9), ours.new_cache(48))
+    assert states.shape == (4, 64)
+    torch.testing.assert_close(ours.logits(states), logits[-4:], rtol=0, atol=1e-5)
+
+
 def test_tokens_taken_back_and_a_cache_that_lost_its_memory(device: torch.device) -> None:
     ours, _ = models(device)
     first = ours.new_cache(48)

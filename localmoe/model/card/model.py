@@ -34,6 +34,9 @@ _LEAST_PASS = 64
 """Tokens of a prompt that are worth a pass where the card's memory turns out to be short."""
 
 
+_STATES = 256
+"""States of a pass that a drafter gets."""
+
 _SLEEP = 200_000_000
 """Cycles, a tenth of a second: longer than the host takes to start a pass's kernels one by one."""
 
@@ -132,7 +135,7 @@ def _both(vectors: Vectors) -> tuple[Tensor, Tensor]:
 
 
 class CardModel:
-    """As `localmoe.model.deepseek.Model`: token ids in, float32 logits in CPU memory out.
+    """What generation needs, as `localmoe.model.deepseek.Model` has it: token ids in, float32 logits in CPU memory out.
 
     `experts` supplies the routed experts of the card's layers and `cpu_experts` those of the others; `between_passes`
     is called when nothing runs.
@@ -198,9 +201,10 @@ class CardModel:
     def forward_with_states(
         self, token_ids: Tensor, cache: LatentCache, *, last_only: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """As `Model.forward_with_states`, in CPU memory both."""
+        """As `Model.forward_with_states`, in CPU memory both; of a long pass the last states alone, since whoever wants
+        them works on the CPU, which a prompt would keep busy for longer than the card."""
         logits, states = self._forward(token_ids, cache, last_only)
-        return logits, states.to("cpu", copy=True)
+        return logits, states[-_STATES:].to("cpu", copy=True)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """As `Model.embed`."""
