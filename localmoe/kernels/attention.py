@@ -54,9 +54,13 @@ class DecodeAttention:
             native.set_query_down(down, weights.query_down[1].tolist())
         return cls(backend, native)
 
+    def reads(self, cache: Tensor) -> bool:
+        """Whether these kernels have this form of cache."""
+        return cache.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+
     def takes(self, tokens: int, cache: Tensor) -> bool:
-        """Whether a pass of so many tokens over this cache is for these kernels."""
-        return tokens <= cpu.MATVEC_TOKENS and cache.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+        """Whether a pass of so many tokens over this cache is for one call."""
+        return tokens <= cpu.MATVEC_TOKENS and self.reads(cache)
 
     def __call__(self, x: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
         """See `cpu.Backend.attention`."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localmoe.formats.weights import dequantize
-from localmoe.kernels.attention import MlaWeights
+from localmoe.kernels.attention import DecodeAttention, MlaWeights
 from localmoe.kernels.cpu import MATVEC_TOKENS
 from localmoe.kernels.dispatch import Kernels
 from localmoe.model.config import ModelConfig
@@ -31,6 +31,9 @@ Path = Literal["naive", "absorbed"]
 
 # Both latent norms have this eps whatever rms_norm_eps is, in DeepSeek's code and in transformers
 LATENT_NORM_EPS = 1e-6
+SHORT_PROMPT = 32
+"""Tokens up to which the native kernels, a few at a time, are faster than expanding keys and values (measured)."""
+
 # Scores, and the naive path's keys and values, are made for as many heads at a time as fit in this
 _WORKSPACE_BYTES = 256 << 20
 
@@ -52,13 +55,13 @@ _NEGLIGIBLE = 1e-30
 def cheaper_path(config: ModelConfig, tokens: int, context: int) -> Path:
     """The path with fewer multiplications for `tokens` queries over `context` keys, by head.
 
-    As many tokens as the native kernels compute each as if alone always go the absorbed way, so that decode is one
-    path from the first token on, and a few tokens checked in one pass get the bits that they get one by one.
+    A few tokens always go the absorbed way, so that decode is one path from the first token on, and those checked in
+    one pass get the bits that they get one by one; a short prompt does, too.
     """
     r, v, p, n = config.kv_lora_rank, config.v_head_dim, config.qk_rope_head_dim, config.qk_nope_head_dim
     naive = context * r * (n + v) + tokens * context * (n + p + v)
     absorbed = tokens * r * (n + v) + tokens * context * (2 * r + p)
-    return "absorbed" if tokens <= MATVEC_TOKENS or absorbed < naive else "naive"
+    return "absorbed" if tokens <= SHORT_PROMPT or absorbed < naive else "naive"
 
 
 def naive_attention(
@@ -142,8 +145,8 @@ class Attention:
         """Attend from `x` [T, H], which is appended to `cache`, to every token there. Returns [T, H]."""
         if self.decode is not None and positions.path == "absorbed":
             held = cache.reserve(self._layer, len(x))
-            if self.decode.takes(len(x), held):
-                return self.decode(x, positions.rotations_flat, held, cache.length)
+            if self.decode.reads(held):
+                return self._few_by_few(self.decode, x, positions.rotations_flat, held, cache.length)
         q_nope, q_pe = self._query(x, positions)
         k_b, v_b = self._expansions()
         rows = self._remember(x, positions, cache)  # [S, r + p]
@@ -156,6 +159,12 @@ class Attention:
         ]  # fmt: skip
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [A, T, v]
         return self._o_proj(out.transpose(0, 1).flatten(1))
+
+    def _few_by_few(self, native: DecodeAttention, x: Tensor, rotations: Tensor, held: Tensor, start: int) -> Tensor:
+        """As many tokens at a time as a native call takes."""
+        slices = [slice(first, first + MATVEC_TOKENS) for first in range(0, len(x), MATVEC_TOKENS)]
+        parts = [native(x[few], rotations[few], held, start + few.start) for few in slices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def remember(self, x: Tensor, positions: Positions, cache: LatentCache) -> None:
         """Append the latents of `x` [T, H] to `cache` and attend to nothing."""

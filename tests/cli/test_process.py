@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,19 @@ from pathlib import Path
 
 import pytest
 
+from localmoe.cli import start
+
 REAL = (sys.executable, "-m", "localmoe")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [({}, "0"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_torchs_threads_do_not_spin_unless_asked_to(monkeypatch, given, wanted):
+    monkeypatch.setattr("os.environ", dict(given))
+    monkeypatch.setattr("localmoe.cli.app.main", lambda: 7)
+    assert start.main() == 7
+    assert os.environ.get("GOMP_SPINCOUNT") == wanted
 
 
 def test_help_imports_nothing_heavy(program):

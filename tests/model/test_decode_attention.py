@@ -241,6 +241,15 @@ def test_a_token_has_the_same_bits_alone_or_with_others(
     assert torch.equal(torch.cat([alone(x[i : i + 1]) for i in range(8)]), together)
 
 
+@pytest.mark.parametrize("tier", cpu.available_tiers())
+@pytest.mark.parametrize("count", [9, 16, 20])
+def test_a_short_prompt_is_computed_a_few_tokens_at_a_time(tier: str, count: int) -> None:
+    """With the bits of one token after the other."""
+    x = tokens(count)
+    together, alone = (Layer("int4", tier, 300, torch.bfloat16) for _ in range(2))
+    assert torch.equal(together(x), torch.cat([alone(x[i : i + 1]) for i in range(count)]))
+
+
 def test_extreme_scores_stay_finite() -> None:
     layer = Layer("bf16", "auto", 300, torch.float32)
     layer.cache.reserve(0, 0)[:] *= 1e4

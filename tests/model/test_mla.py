@@ -94,6 +94,7 @@ def test_decode_is_absorbed_and_long_chunks_are_naive(base_config: dict[str, Any
     sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
     config = ModelConfig.from_dict({**base_config, **sizes})
     assert [cheaper_path(config, 1, context) for context in (1, 2, 10_000)] == ["absorbed"] * 3
+    assert cheaper_path(config, 32, 32) == "absorbed"  # a short prompt
     assert cheaper_path(config, 512, 512) == "naive"
     assert cheaper_path(config, 512, 100_000) == "naive"
     assert cheaper_path(config, 16, 10_000) == "absorbed"  # a short follow-up to a long context

@@ -9,6 +9,9 @@ namespace localmoe {
 
 namespace {
 
+// Tokens of a long pass for which an expert's weights are not worth being unpacked into panels.
+constexpr int64_t kFewForAnExpert = 4;
+
 // Rows of the down projections taken at a time: many make long streams, but every thread should get some.
 int64_t result_rows_for(int64_t width, int threads) {
   return std::clamp<int64_t>(width / (4 * threads) / 64 * 64, 64, 256);
@@ -64,18 +67,19 @@ void ExpertWorkspace::order() {
 }
 
 void ExpertWorkspace::prepare(const Tier& tier, int64_t tokens) {
-  const bool many = tokens > kMatvecTokens;
-  inputs_.resize(kForms);
-  std::array<bool, kForms> wanted{};
+  for (auto& inputs : inputs_) inputs.resize(kForms);
+  std::array<std::array<bool, kForms>, 2> wanted{};
   items_.clear();
   for (size_t place = 0; place < used_; ++place) {
     Job& job = jobs_[order_[place]];
     job.place = place;
     const auto count = static_cast<int64_t>(job.tokens.size());
     const Matrix& gate = job.mlp->gate;
-    Operand& rounded = inputs_[static_cast<size_t>(gate.form)];
-    if (!std::exchange(wanted[static_cast<size_t>(gate.form)], true))
-      rounded.shape(tier, gate.form, tokens, gate.in, many);
+    const bool many = tokens > kMatvecTokens && count > kFewForAnExpert;
+    const auto form = static_cast<size_t>(gate.form);
+    Operand& rounded = inputs_[many][form];
+    if (!std::exchange(wanted[many][form], true)) rounded.shape(tier, gate.form, tokens, gate.in, many);
+    job.rounded = &rounded;
     job.input = count == tokens ? &rounded : &job.gathered;  // its tokens are all of them, in order
     if (count != tokens) job.gathered.shape(tier, gate.form, count, gate.in, many);
     job.inner.shape(tier, job.mlp->down.form, count, gate.out, many);
@@ -83,8 +87,9 @@ void ExpertWorkspace::prepare(const Tier& tier, int64_t tokens) {
     for (int64_t block = 0; block < job.inner.blocks(); ++block) items_.push_back({&job, block});
   }
   wanted_.clear();
-  for (size_t form = 0; form < kForms; ++form)
-    if (wanted[form]) wanted_.push_back(&inputs_[form]);
+  for (size_t many = 0; many < 2; ++many)
+    for (size_t form = 0; form < kForms; ++form)
+      if (wanted[many][form]) wanted_.push_back(&inputs_[many][form]);
 }
 
 void ExpertWorkspace::inner_rows(const Tier& tier, int64_t item, int threads, std::vector<float>& scratch) {
@@ -163,8 +168,8 @@ void ExpertWorkspace::forward(const Tier& tier, ThreadPool& pool, const std::vec
 
 void ExpertWorkspace::gather(Job& job) {
   if (job.input != &job.gathered) return;
-  const Operand& from = inputs_[static_cast<size_t>(job.mlp->gate.form)];
-  for (size_t j = 0; j < job.tokens.size(); ++j) job.gathered.copy(static_cast<int64_t>(j), from, job.tokens[j]);
+  for (size_t j = 0; j < job.tokens.size(); ++j)
+    job.gathered.copy(static_cast<int64_t>(j), *job.rounded, job.tokens[j]);
 }
 
 }  // namespace localmoe

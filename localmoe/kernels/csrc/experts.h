@@ -45,11 +45,12 @@ class ExpertWorkspace {
     const Mlp* mlp = nullptr;
     std::vector<int32_t> tokens;
     std::vector<float> weights;
-    Operand gathered;               // its tokens' activations, where they are not all
-    const Operand* input = nullptr;
-    Operand inner;                  // silu(gate) * up
-    size_t place = 0;               // in the order that the inner products are computed in
-    std::atomic<int64_t> missing{0};  // blocks of `inner`; the down projection waits for the last
+    const Operand* rounded = nullptr;  // all tokens' activations
+    Operand gathered;                  // its tokens', where they are not all
+    const Operand* input = nullptr;    // one of the two
+    Operand inner;                     // silu(gate) * up
+    size_t place = 0;                  // in the order that the inner products are computed in
+    std::atomic<int64_t> missing{0};   // blocks of `inner`; the down projection waits for the last
   };
   struct InnerItem {
     Job* job;
@@ -68,7 +69,7 @@ class ExpertWorkspace {
   std::deque<Job> jobs_;  // the first `used_` are this call's
   size_t used_ = 0;
   std::vector<std::vector<int32_t>> by_expert_;
-  std::vector<Operand> inputs_;     // the activations, by form of matrix
+  std::array<std::vector<Operand>, 2> inputs_;  // the activations, for few and for many tokens, by form of matrix
   std::vector<Operand*> wanted_;    // those of this call
   std::vector<InnerItem> items_;
   std::vector<size_t> order_;       // of the jobs' inner products
