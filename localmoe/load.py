@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from localmoe.engine import Engine
-from localmoe.errors import (
-    DeviceError,
-    ModelNotFoundError,
-    UsageError,
-)
+from localmoe.errors import DeviceError, ModelNotFoundError, UsageError
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.kernels.dispatch import Kernels
 from localmoe.memory import USABLE, MemoryNeeds, by_use, choose_context
@@ -67,11 +63,8 @@ def load(
     """
     # The reference computes on the CPU, where no card is asked for
     card = choose_card("cpu" if kernels == "reference" and device == "auto" and vram is None else device, vram)
-    if mtp is not None and not 0 <= mtp <= MOST_DRAFTS:
-        raise UsageError(f"--mtp {mtp}: from 0 to {MOST_DRAFTS} tokens can be guessed at a time")
     chosen = Kernels.choose(kernels, threads, cache_dtype)
-    if card is not None and card.device.type == "cuda" and chosen.cache_dtype == torch.float32:
-        raise UsageError("a card's latent cache is bf16 or int8: choose one by --cache-dtype, or --device cpu")
+    _refuse_what_cannot_be(card, chosen, mtp)
     resolved = resolve(str(model.expanduser().absolute()) if isinstance(model, Path) else model)
     checkpoint = Checkpoint.open(resolved.path)
     _refuse_unquantized(resolved, checkpoint)
@@ -86,20 +79,23 @@ def load(
         # idles while our kernels' pool runs, so both get the same number. Unset, torch takes a thread a core.
         torch.set_num_threads(threads)
     larger = budget is not None and not needs.fit(budget)
-    if budget is not None:
-        _bring_in(checkpoint, config, chosen, budget, larger=larger, card=card is not None, mtp=mtp_layer)
-    experts = ExpertStore(checkpoint, config, chosen)
-    if card is not None:
-        engine = _on_card(card, checkpoint, config, chosen, experts, budget, ctx, deterministic)
-    else:
-        context = choose_context(needs, config.max_position_embeddings, ctx, budget)
-        routed = experts.layer if counts is None else counts.watching(experts.layer)
-        engine = Engine(Model(config, checkpoint, chosen, routed), checkpoint, chosen, context)
-    engine.reads_the_disk = larger
-    if guesses:
-        layer = MtpLayer(engine.model, checkpoint, chosen, experts.layer) if mtp_layer else None
-        engine.speculate(layer, mtp)
-    return engine
+    with ExitStack() as opened:
+        opened.callback(checkpoint.close)  # which a thread may be reading
+        if budget is not None:
+            _bring_in(checkpoint, config, chosen, budget, larger=larger, card=card is not None, mtp=mtp_layer)
+        experts = ExpertStore(checkpoint, config, chosen)
+        if card is not None:
+            engine = _on_card(card, checkpoint, config, chosen, experts, budget, ctx, deterministic)
+        else:
+            context = choose_context(needs, config.max_position_embeddings, ctx, budget)
+            routed = experts.layer if counts is None else counts.watching(experts.layer)
+            engine = Engine(Model(config, checkpoint, chosen, routed), checkpoint, chosen, context)
+        opened.callback(engine.close)
+        engine.reads_the_disk = larger
+        if guesses:
+            engine.speculate(MtpLayer(engine.model, checkpoint, chosen, experts.layer) if mtp_layer else None, mtp)
+        opened.pop_all()  # all is well
+        return engine
 
 
 def _bring_in(
@@ -157,9 +153,12 @@ def _on_card(
         kept = CardExperts(
             checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens, arena=arena, heat=subject.heat
         )
-        chunk = prompt_chunk(config, card.vram)
-        layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context, chunk, arena)
-        model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer, kept.between_passes)
+        with ExitStack() as opened:
+            opened.callback(kept.close)
+            chunk = prompt_chunk(config, card.vram)
+            layout = CardLayout(card.device, layers, placed.head_on_gpu, placed.context, chunk, arena)
+            model = CardModel(config, checkpoint, kernels, layout, kept.layer, experts.layer, kept.between_passes)
+            opened.pop_all()
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"--vram {card.vram / GIB:.2f} GiB: other programs took the card's memory meanwhile; try again with less"
@@ -175,6 +174,13 @@ def _on_card(
 
     on_card = OnCard(placed, kept.uses, kept.hits, kept.expect, closing)
     return Engine(model, checkpoint, kernels, placed.context, on_card)
+
+
+def _refuse_what_cannot_be(card: CardMemory | None, kernels: Kernels, mtp: int | None) -> None:
+    if mtp is not None and not 0 <= mtp <= MOST_DRAFTS:
+        raise UsageError(f"--mtp {mtp}: from 0 to {MOST_DRAFTS} tokens can be guessed at a time")
+    if card is not None and card.device.type == "cuda" and kernels.cache_dtype == torch.float32:
+        raise UsageError("a card's latent cache is bf16 or int8: choose one by --cache-dtype, or --device cpu")
 
 
 def _refuse_unquantized(resolved: Resolved, checkpoint: Checkpoint) -> None:

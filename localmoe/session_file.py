@@ -181,7 +181,8 @@ def _destinations(facts: Facts, infos: list[TensorInfo], cached: CachedTokens, n
     into = {f"latents.{layer}": cache.reserve(layer, count) for layer in cache.layers}
     found = {info.name: info for info in infos[:-1]}
     if facts.draft_tokens and isinstance(drafter, MtpDrafter):
-        if "mtp.state" not in found or facts.draft_tokens + (waiting := found["mtp.state"].shape[0]) > count:
+        shape = found["mtp.state"].shape if "mtp.state" in found else ()
+        if len(shape) != 2 or facts.draft_tokens + (waiting := shape[0]) > count:
             raise damaged(name)
         (layer,) = drafter.cache.layers
         into["mtp.latents"] = drafter.cache.reserve(layer, facts.draft_tokens)

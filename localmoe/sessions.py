@@ -82,7 +82,7 @@ class Facts:
             )
         try:
             facts = _parse(metadata)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError, RecursionError) as error:
             raise damaged(name) from error
         return facts
 

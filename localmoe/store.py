@@ -11,6 +11,9 @@ import difflib
 import json
 import os
 import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -238,7 +241,7 @@ def unfinished_bytes(artifact: Path) -> int:
     start); 0 where none was."""
     if not (artifact / JOURNAL_NAME).is_file():
         return 0
-    return sum(path.stat().st_blocks * 512 for path in artifact.glob("*.partial"))
+    return sum(status.st_blocks * 512 for status in _statuses(artifact.glob("*.partial")))
 
 
 def _subdirectories(path: Path) -> list[Path]:
@@ -286,7 +289,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _size(path: Path) -> int:
-    return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
+    return sum(status.st_size for status in _statuses(path.iterdir()) if stat.S_ISREG(status.st_mode))
+
+
+def _statuses(paths: Iterable[Path]) -> Iterator[os.stat_result]:
+    """Of those that are there still: `quantize` renames its files and `rm` deletes them while others look."""
+    with suppress(FileNotFoundError):  # the directory
+        for path in paths:
+            with suppress(FileNotFoundError):
+                yield path.stat()
 
 
 def remove(ref: ModelRef, all: bool = False) -> list[Path]:

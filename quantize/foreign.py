@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,8 +184,7 @@ class ForeignCheckpoint(ReadingCheckpoint):
     def shape(self, module: str) -> tuple[int, int]:
         """(O, I) of a packed matrix. Raises CheckpointError."""
         info = self.main(module)
-        if info.dtype != torch.int32 or len(info.shape) != 2 or 0 in info.shape:
-            raise self._wrong(info.name, f"should be a matrix of int32; it is {info.dtype} {list(info.shape)}")
+        self._check_words(info)
         rows, columns, lanes = *info.shape, 32 // self.form.bits
         if self.form.packing == "gptq":
             return columns, rows * lanes
@@ -205,8 +205,9 @@ class ForeignCheckpoint(ReadingCheckpoint):
                 raise self._wrong(self.main(module).name, f"has {what} of {list(found.shape)}, not {list(wanted)}")
         if not scales.isfinite().all():
             raise self._wrong(self.main(module).name, "has scales that are NaN or infinite; pull the model again")
+        if not ((zeros >= 0) & (zeros < 1 << bits)).all():
+            raise self._wrong(self.main(module).name, f"has zero points that are no numbers of {bits} bits")
         difference = values.view(out_features, groups, group) - zeros.unsqueeze(-1)
-        assert int(difference.abs().max()) < 1 << bits
         return Packed(difference.flatten(1), scales)
 
     def weight(self, module: str) -> Weight:
@@ -216,8 +217,8 @@ class ForeignCheckpoint(ReadingCheckpoint):
         return super().weight(module)
 
     def _read_gptq(self, module: str, out_features: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        values = _unpack(self.read(f"{module}.qweight").t(), self.form.bits)  # [O, I]
-        zeros = _unpack(self.read(f"{module}.qzeros"), self.form.bits)  # [G, O]
+        values = _unpack(self._words(f"{module}.qweight").t(), self.form.bits)  # [O, I]
+        zeros = _unpack(self._words(f"{module}.qzeros"), self.form.bits)  # [G, O]
         order = f"{module}.g_idx"
         if order in self.tensors:
             expected = torch.arange(values.shape[1]) // (values.shape[1] // groups)
@@ -231,24 +232,35 @@ class ForeignCheckpoint(ReadingCheckpoint):
         unordered = torch.tensor(AWQ_ORDER).argsort()
         found = []
         for name in ("qweight", "qzeros"):
-            lanes = _unpack(self.read(f"{module}.{name}"), 4)  # [I or G, O], eight by eight in AWQ's order
+            lanes = _unpack(self._words(f"{module}.{name}"), 4)  # [I or G, O], eight by eight in AWQ's order
             found.append(lanes.view(len(lanes), -1, 8)[:, :, unordered].flatten(1).t())
         return found[0], found[1], self._scales(f"{module}.scales").t()
 
     def _read_ct(self, module: str, out_features: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        values = _unpack(self.read(f"{module}.weight_packed"), self.form.bits)
+        values = _unpack(self._words(f"{module}.weight_packed"), self.form.bits)
         name = f"{module}.weight_zero_point"
         middle = 1 << (self.form.bits - 1)
         zeros = torch.full((out_features, groups), middle, dtype=torch.int16)
         if name in self.tensors:
-            stored = self.read(name)
-            if stored.dtype == torch.int32:  # packed along the rows
-                zeros = _unpack(stored.t(), self.form.bits).t()[:out_features]
+            info = self.info(name)
+            if info.dtype == torch.int32:  # packed along the rows
+                zeros = _unpack(self._words(name).t(), self.form.bits).t()[:out_features]
+            elif prod(info.shape) == out_features * groups:
+                zeros = self.read(name).to(torch.int16).view(out_features, groups) + middle
             else:
-                zeros = stored.to(torch.int16).view(out_features, -1) + middle
+                raise self._wrong(name, f"has zero points of {list(info.shape)}, not {[out_features, groups]}")
         if f"{module}.weight_g_idx" in self.tensors:
             raise self._wrong(f"{module}.weight_g_idx", "is act-order, which our layout cannot hold")
         return values, zeros, self._scales(f"{module}.weight_scale")
+
+    def _words(self, name: str) -> Tensor:
+        """int32 [n, m]: several numbers a word."""
+        self._check_words(self.info(name))
+        return self.read(name)
+
+    def _check_words(self, info: TensorInfo) -> None:
+        if info.dtype != torch.int32 or len(info.shape) != 2 or 0 in info.shape:
+            raise self._wrong(info.name, f"should be a matrix of int32; it is {info.dtype} {list(info.shape)}")
 
     def _scales(self, name: str) -> Tensor:
         found = self.read(name)

@@ -29,6 +29,7 @@ from localmoe.formats.weights import DenseWeight, dequantize
 from localmoe.kernels import reference
 from localmoe.kernels.dispatch import Kernels, Product
 from localmoe.model.config import ModelConfig
+from localmoe.model.deepseek import positions
 from localmoe.model.layers import RMSNorm
 from localmoe.model.mla import Attention, Positions
 from localmoe.model.moe import Router
@@ -164,13 +165,13 @@ class LayerByLayer:
         attention = Attention(self.config, self._source, layer, kernels)
         norm = RMSNorm(self._source, f"model.layers.{layer}.input_layernorm", self.config.rms_norm_eps)
         for length in {span.stop - span.start for span in self._spans}:
-            self._positions.setdefault(length, self._places(length))
+            self._positions.setdefault(length, positions(self.config, self._rope, 0, length, "naive"))
 
         def window(span: slice) -> dict[str, Tensor]:
             kernels.begin()
             rows = x[span]
-            positions = self._positions[len(rows)]
-            rows += attention(norm(rows), positions, _NoCache())  # type: ignore[arg-type]  # what it uses of one
+            places = self._positions[len(rows)]
+            rows += attention(norm(rows), places, _NoCache())  # type: ignore[arg-type]  # what it uses of one
             return kernels.moments()
 
         sums: dict[str, Tensor] = {}
@@ -181,12 +182,6 @@ class LayerByLayer:
                 else:
                     sums[name] = moment.clone()  # q_a and kv_a share theirs
         return {name: Statistics(len(x), total) for name, total in sums.items()}
-
-    def _places(self, length: int) -> Positions:
-        rotations = self._rope.rotations(0, length)
-        future = torch.ones(length, length, dtype=torch.bool).triu_(1) if length > 1 else None
-        flat = torch.view_as_real(rotations).flatten(1)
-        return Positions(rotations, flat, future, "naive")
 
     def _experts(self, module: str, x: Tensor, y: Tensor, consume: Consume) -> Iterator[tuple[str, object]]:
         expert_ids, weights = Router(self.config, self._source, f"{module}.gate", _Recording(frozenset()))(y)

@@ -17,6 +17,7 @@ from localmoe.errors import DeviceError, UsageError
 from localmoe.explain import PartTimer, explain_engine
 from localmoe.load import Engine, load
 from localmoe.model.card.replay import Replay
+from localmoe.offload.card import CardExperts
 from localmoe.offload.device import CardMemory, choose_card, hold_to
 from localmoe.offload.plan import CUDA_CONTEXT, STAGING, card_workspace
 
@@ -36,6 +37,21 @@ def on_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., En
         return load("demo:source", ctx=64, **options)  # type: ignore[arg-type]
 
     return opened
+
+
+@pytest.mark.parametrize("what", ["localmoe.load.MtpLayer", "localmoe.model.card.model.CardModel"])
+def test_what_cannot_be_opened_leaves_nothing_on_the_card(
+    on_card: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    closed: list[CardExperts] = []
+    monkeypatch.setattr(CardExperts, "close", lambda experts: closed.append(experts))
+    monkeypatch.setattr(what, fails)
+    with pytest.raises((DeviceError, torch.OutOfMemoryError)):
+        on_card(14 * MIB, mtp=1)
+    assert len(closed) == 1
 
 
 def test_half_the_experts_on_the_card(on_card: Callable[..., Engine], tmp_path: Path) -> None:

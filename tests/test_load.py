@@ -150,6 +150,22 @@ class TestOpening:
         with pytest.raises(error, match=message):
             load(DEMO, **options)
 
+    def test_what_cannot_be_opened_is_closed_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its files were being brought into memory already."""
+        closed: list[Path] = []
+        monkeypatch.setattr(Checkpoint, "close", lambda checkpoint: closed.append(checkpoint.directory))
+        with pytest.raises(UsageError, match="ctx"):
+            load("demo:source", ctx=1 << 40)
+        assert closed == [DEMO]
+
+        def fails(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr("localmoe.load.MtpLayer", fails)
+        with pytest.raises(MemoryError):
+            load("demo:source", mtp=1)
+        assert closed[1:] == [DEMO] * 2  # the engine's, and what is there without one
+
     def test_threads_are_torchs_too(self) -> None:
         try:
             with load(DEMO, threads=2, device="cpu"):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import localmoe
+from localmoe import session_file
 from localmoe.errors import ContextOverflowError, SessionError, StorageError
 from localmoe.load import Engine, load
 from localmoe.model.card.cache import CardCache, CardLatents
@@ -24,6 +25,7 @@ from localmoe.model.kv_cache import LatentCache, row_bytes
 from localmoe.session import CachedTokens
 from localmoe.session_file import restore, write
 from localmoe.sessions import Facts
+from localmoe.speculative import MtpDrafter
 
 DEMO = Path(localmoe.__file__).parent / "data" / "demo"
 HASH = "ab" * 32
@@ -139,6 +141,19 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         open_with(config=shape(8, 4, 3))
     with pytest.raises(SessionError, match="there is no session nothing"):
         restore(tmp_path / "nothing.safetensors", filled(0), HASH, "bf16")
+
+
+def test_a_state_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(cached: CachedTokens) -> dict[str, Tensor]:
+        return plain(cached) | {"mtp.latents": torch.zeros(2, 12), "mtp.state": torch.tensor(0.0)}
+
+    plain = session_file._tensors
+    monkeypatch.setattr(session_file, "_tensors", written)
+    path = tmp_path / "x.safetensors"
+    write(path, facts(), filled(3))
+    drafter = MtpDrafter(SimpleNamespace(width=8), LatentCache(SMALL, 64))
+    with pytest.raises(SessionError, match="session x: its file is cut short or damaged"):
+        restore(path, CachedTokens(LatentCache(SMALL, 64, torch.bfloat16), drafter), HASH, "bf16")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])

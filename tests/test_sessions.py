@@ -75,6 +75,13 @@ def test_facts_come_back() -> None:
         ({"conversation": '{"messages": [], "sampling": {"top_k": true}, "seed": 1, "logit_bias": {}}'}, "damaged"),
         ({"conversation": '{"messages": [], "sampling": {}, "seed": -1, "logit_bias": {}}'}, "damaged"),
         ({"conversation": '{"messages": [], "sampling": {}, "seed": 1, "logit_bias": {"x": "1"}}'}, "damaged"),
+        ({"conversation": '{"messages": [], "sampling": [], "seed": 1, "logit_bias": {}}'}, "damaged"),
+        ({"conversation": '{"messages": [], "sampling": {}, "seed": 1, "logit_bias": []}'}, "damaged"),
+        (
+            {"conversation": '{"messages": [], "sampling": {}, "seed": 1, "logit_bias": {"1": 1' + "0" * 400 + "}}"},
+            "damaged",
+        ),
+        ({"tokens": float("inf")}, "damaged"),
     ],
 )
 def test_facts_that_cannot_be(changes: dict, message: str) -> None:
@@ -98,12 +105,17 @@ def test_the_list_has_the_damaged_ones_too(home: Path) -> None:
     assert sessions.list_sessions() == []
     put("b", FACTS.to_metadata())
     put("a", {})
+    listed = {"messages": [], "sampling": [], "seed": None, "logit_bias": {}}
+    put("c", FACTS.to_metadata() | {"conversation": json.dumps(listed)})
     (home / "sessions" / ".b-temporary").write_bytes(b"")
     (home / "sessions" / "no session.safetensors").write_bytes(b"")
     (home / "sessions" / "dir.safetensors").mkdir()
-    first, second = sessions.list_sessions()
+    first, second, third = sessions.list_sessions()
     assert (first.name, first.facts, first.problem) == ("a", None, "session a: its file is not a session of localmoe's")
     assert (second.name, second.facts, second.problem) == ("b", FACTS, None)
+    assert third.facts is None
+    assert third.problem is not None
+    assert "damaged" in third.problem
 
 
 def test_what_a_killed_program_left_is_swept_away(home: Path) -> None:

@@ -198,7 +198,7 @@ class _Answering:
         if failure is None and turn is not None:  # what does not fulfil its form is no turn to go on from
             failure = turn.keep(engine, self.name, answer, self.request)
         if self.thoughts is not None:
-            _write_thinking(shown.think_to, self.thoughts, answer.thinking)
+            failure = _write_thinking(shown.think_to, self.thoughts, answer.thinking) or failure
         why = {} if timed is None else {"speed": speed.of_answer(engine, timed, answer)}
         if shown.as_json:
             explained = {key: speed.as_json(value) for key, value in why.items()}
@@ -307,14 +307,16 @@ class _Turn:
         return None
 
 
-def _write_thinking(path: Path | None, file: TextIO, text: str) -> None:
+def _write_thinking(path: Path | None, file: TextIO, text: str) -> Failure | None:
+    """What went wrong, if something did: the answer is shown all the same."""
     try:
         with file:
             if file.seekable():
                 file.truncate(0)
             file.write(text if text.endswith("\n") or not text else text + "\n")
     except OSError as error:
-        raise StorageError(f"--think-to: {path}: cannot be written: {error.strerror}") from error
+        return describe(StorageError(f"--think-to: {path}: cannot be written: {error.strerror}"))
+    return None
 
 
 def statistics(answer: Answer, max_context: int) -> str:

@@ -19,7 +19,7 @@ from localmoe.cli.values import near_miss, suggestion
 from localmoe.errors import ContextOverflowError, LocalMoeError, StorageError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from localmoe.cli.model_switch import ModelSwitch
     from localmoe.engine import Engine
@@ -140,7 +140,7 @@ class Chat:
                 self._obey(text)
             elif text:
                 attached, self._attached = self._attached, []
-                self._answer("\n".join([line, *attached]))
+                self._answer("\n".join([line, *attached]), attached)
         except KeyboardInterrupt:  # between two pieces of work; the conversation is whole
             _say("\nstopped")
         except LocalMoeError as error:
@@ -329,8 +329,8 @@ class Chat:
         if not self._answer(turn.question):
             self._conversation.add(turn)
 
-    def _answer(self, question: str) -> bool:
-        """Answer `question` and remember the turn; whether there was an answer to remember."""
+    def _answer(self, question: str, attached: Sequence[str] = ()) -> bool:
+        """Answer `question`, the `attached` files included, and remember the turn; whether there was an answer."""
         self._unanswered = question
         messages = self._conversation.asking(question)
         from localmoe.cli.answer_view import AnswerView
@@ -345,7 +345,7 @@ class Chat:
                 )
         except ContextOverflowError:
             self._unanswered = None
-            return self._make_room(question) and self._answer(question)
+            return self._make_room(question, attached) and self._answer(question, attached)
         finally:
             view.finish()
         self._last = answer
@@ -360,8 +360,8 @@ class Chat:
             self._save_session()
         return True
 
-    def _make_room(self, question: str) -> bool:
-        """Let go of old turns for `question`, if the person wants it so."""
+    def _make_room(self, question: str, attached: Sequence[str]) -> bool:
+        """Let go of old turns for `question`, if the person wants it so; else its files wait for the next one."""
         count = turns_to_drop(self._engine, self._conversation, question, self._request.thinking)
         turns = len(self._conversation.turns)
         _say(f"the conversation no longer fits the context of {self._engine.max_context} tokens")
@@ -373,7 +373,9 @@ class Chat:
             _say(f"dropped; {units.are_left(turns - count, 'turn')}")
             return True
         else:
-            _say("the last message was not added. /reset begins a new conversation, a shorter message may still fit")
+            self._attached[:0] = attached
+            kept = "; its files go with the next question" if attached else ""
+            _say(f"the last message was not added{kept}. /reset begins a new conversation, a shorter one may still fit")
         return False
 
     def _statistics(self) -> str:

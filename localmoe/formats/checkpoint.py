@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -301,6 +301,11 @@ def tensors_of(directory: Path) -> dict[str, TensorInfo]:
     shards: dict[str, dict[str, TensorInfo]] = {}
     tensors: dict[str, TensorInfo] = {}
     for name, file_name in weight_map.items():
+        if not _is_shard_name(file_name):
+            raise CheckpointError(
+                f"{INDEX_NAME}: weight_map has {str(file_name)[:80]!r} for {name[:80]!r}, "
+                "which is not the name of a safetensors file"
+            )
         if file_name not in shards:
             shards[file_name] = _indexed_shard(directory, file_name)
         if name not in shards[file_name]:
@@ -309,10 +314,13 @@ def tensors_of(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _indexed_shard(directory: Path, file_name: object) -> dict[str, TensorInfo]:
-    """Tensors of a shard that the index names; the name must be a plain file name in this directory."""
-    if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-        raise CheckpointError(f"{INDEX_NAME}: {str(file_name)[:80]!r} is not the name of a safetensors file")
+def _is_shard_name(value: object) -> TypeGuard[str]:
+    """Whether it is a plain file name, which leads nowhere out of the directory."""
+    return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
+
+
+def _indexed_shard(directory: Path, file_name: str) -> dict[str, TensorInfo]:
+    """Tensors of a shard that the index names."""
     if not (directory / file_name).is_file():
         raise CheckpointError(f"{INDEX_NAME}: names {file_name}, which is missing; pull the model again")
     return {info.name: info for info in read_header(directory / file_name)[0]}

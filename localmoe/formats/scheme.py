@@ -206,8 +206,9 @@ def _group_from_dict(name: str, group: object) -> SchemeGroup:
     for field, allowed in fixed.items():
         if weights.get(field) not in allowed:
             raise _unsupported(f"{where}.weights.{field}", weights.get(field))
-    kinds: dict[tuple[object, object], Kind] = {("int", 4): "int4", ("int", 8): "int8", ("nf4", 4): "nf4"}
-    kind = kinds.get((weights.get("type"), weights.get("num_bits")))
+    kinds: Mapping[Kind, tuple[object, object]] = {"int4": ("int", 4), "int8": ("int", 8), "nf4": ("nf4", 4)}
+    found = (weights.get("type"), weights.get("num_bits"))
+    kind = next((kind for kind, wanted in kinds.items() if wanted == found), None)
     if kind is None:
         raise _unsupported(f"{where}.weights", f"{weights.get('num_bits')} bits of {weights.get('type')}")
     size = weights.get("group_size")

@@ -75,6 +75,8 @@ class Refresh:
         self._coming: list[_Coming] = []
         self._filling = False
         self._passes = 0
+        self.failure: str | None = None
+        """Why an expert could not be brought to the card, where one could not: the first time."""
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="localmoe-slots")
 
     def between_passes(self) -> None:
@@ -153,10 +155,13 @@ class Refresh:
                 waiting.append(coming)
                 continue
             layer = self._layers[coming.layer]
-            if coming.loading.exception() is None:
+            error = coming.loading.exception()
+            if error is None:
                 self._before_change()
                 if layer.table.fill(coming.slot, coming.generation, coming.expert):
                     layer.publish()
-            elif coming.slot in layer.table.empty_slots:
+                continue
+            self.failure = self.failure or str(error) or type(error).__name__
+            if coming.slot in layer.table.empty_slots:
                 layer.table.retire(coming.slot)  # not to be tried again: its experts are the CPU's, slower, and right
         self._coming = waiting

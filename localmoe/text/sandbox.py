@@ -12,12 +12,13 @@ import functools
 import json
 import math
 import re
+import string
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jinja2 import Template, TemplateRuntimeError, nodes
+from jinja2 import Template, TemplateRuntimeError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -32,13 +33,17 @@ MAX_TEXT = 16_000_000  # characters of any one string: past every model's contex
 _ALLOWANCE = 400_000_000  # characters made in one rendering, garbage included
 _ELEMENT = 128  # an element of a container, in characters: the bytes of an object and more
 _MAX_WIDTH = 10_000
+_NUMBER = 400  # characters of a number in a format: 1e308 written out has 309 and six behind the point
+_LONGEST_DATE = 100  # characters of strftime's pattern, each of which may become 256
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # str.splitlines
 
 # Not needed by any published chat template, and not reproducible or hard to price.
 _REMOVED_FILTERS = ("pprint", "random", "urlize", "xmlattr", "wordwrap")
-_REFUSED_METHODS = ("encode", "translate")
+_REFUSED_METHODS = ("encode", "to_bytes", "translate")
 # fmt: off
 _TAKES_WIDTH = frozenset((
-    "batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "tojson", "truncate", "zfill",
+    "batch", "center", "expandtabs", "indent", "ljust", "lstrip", "rjust", "round", "rstrip", "slice", "strip",
+    "tojson", "trim", "truncate", "zfill",
 ))
 # Filters that leave the elements of a container alone; every other one may spell the whole of it out as text.
 _KEEPS_ELEMENTS = frozenset((
@@ -65,7 +70,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             finalize=self.pay_for_text,
         )
         self._start()
-        filters = {**self.filters, "tojson": _tojson}
+        filters = {**self.filters, "tojson": self._tojson}
         self.filters = {
             name: self._priced(name, function) for name, function in filters.items() if name not in _REMOVED_FILTERS
         }
@@ -133,11 +138,11 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return self.pay_for(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as Jinja has it
-        """A call in the template. Methods of strings are priced as filters are."""
+        """A call in the template. Methods of strings and numbers are priced as filters are."""
         method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps str.format
         subject = getattr(method, "__self__", None)
-        if isinstance(subject, str):
-            __self._check_operation(method.__name__, subject, [*args, *kwargs.values()])
+        if isinstance(subject, (str, int)):
+            __self._check_operation(method.__name__, subject, args, kwargs)
         return __self.pay_for(super().call(__context, __obj, *args, **kwargs))
 
     def _start(self) -> None:
@@ -151,29 +156,34 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # copies Jinja's marks on the function, too
         def priced(*args: Any, **kwargs: Any) -> Any:
             subject, *others = args[first:]
-            if not isinstance(subject, (str, Mapping, Sequence)) and isinstance(subject, Iterable):
+            if not isinstance(subject, (str, Mapping, Sequence, Undefined)) and isinstance(subject, Iterable):
                 subject = list(subject)  # a generator of another filter, which would be used up by looking
             if not isinstance(subject, str) and name not in _KEEPS_ELEMENTS:
                 self.pay_for_text(subject)
-            self._check_operation(name, subject, [*others, *kwargs.values()])
+            self._check_operation(name, subject, others, kwargs)
             return self.pay_for(function(*args[:first], subject, *others, **kwargs))
 
         return priced
 
-    def _check_operation(self, name: str, subject: Any, arguments: Sequence[Any]) -> None:
+    def _check_operation(self, name: str, subject: Any, others: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Price what a filter or string method would make, where that can be far larger than what it is given."""
+        arguments = [*others, *named.values()]
         if name in _REFUSED_METHODS:
             raise SecurityError(f"`{name}` is not allowed in a chat template")
         if name in _TAKES_WIDTH:
-            width = max((abs(a) for a in arguments if isinstance(a, int)), default=8)
+            width = max(
+                (len(a) if isinstance(a, str) else abs(a) for a in arguments if isinstance(a, (str, int))), default=8
+            )
             if width > _MAX_WIDTH:
                 raise LimitError(f"a width of {width} for `{name}`")
             if isinstance(subject, str):
-                self._check_text(len(subject) + width * (1 + subject.count("\n") + subject.count("\t")))
+                wide = sum(map(subject.count, _LINE_ENDS + "\t"))
+                self._check_text(len(subject) + max(width, 8) * (1 + wide))
         elif name in ("format", "format_map"):
             self._check_format(str(subject), arguments)
-        elif name == "replace" and len(arguments) >= 2:
-            old, new = (str(self.pay_for_text(a)) for a in arguments[:2])
+        elif name == "replace":
+            by_name = [named[key] for key in ("old", "new") if key in named]
+            old, new = (str(self.pay_for_text(a)) for a in [*others, *by_name, "", ""][:2])
             self._check_text(len(str(subject)) + str(subject).count(old) * len(new))
         elif name == "join":
             self.pay_for_text([subject, *arguments])  # `'-'.join(x)` and `x|join('-')` alike
@@ -184,32 +194,60 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
                 self._walk(item, count_text=False)
 
     def _check_format(self, pattern: str, values: Iterable[Any]) -> None:
-        """Widths come written out, from a `*` or from a nested field: all are bounded, and every field priced."""
+        """Widths come written out or from a `*`: all are bounded, and every field priced as the longest value."""
+        if _has_nested_fields(pattern):
+            raise LimitError("a format whose widths are fields")
         items = list(values.values() if isinstance(values, Mapping) else values)
-        self.pay_for_text(items)
         widths = [int(digits[:9]) for digits in re.findall(r"\d+", pattern)]
-        if "*" in pattern or re.search(r"\{[^}]*\{", pattern):
+        if "*" in pattern:
             widths += [abs(item) for item in items if isinstance(item, int)]
         if max(widths, default=0) > _MAX_WIDTH:
             raise LimitError(f"a width of {max(widths)} in a format")
-        longest = max((len(item) for item in items if isinstance(item, str)), default=0) + max(widths, default=0)
-        self._check_text(len(pattern) + longest * (pattern.count("{") + pattern.count("%")))
+        longest = max((self._walk(item, count_text=True) for item in items), default=0)
+        fields = pattern.count("{") + pattern.count("%")
+        self._check_text(len(pattern) + (max(longest, _NUMBER) + max(widths, default=0)) * fields)
 
-    def _walk(self, value: Any, *, count_text: bool) -> None:
-        pending, characters = [value], 0
+    def _tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: Iterable[str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON as transformers' templates expect it; Jinja's own filter escapes for HTML."""
+        between = None if separators is None else tuple(separators)
+        if indent is not None or between is not None:  # else it is not much longer than the value
+            step = len(indent) if isinstance(indent, str) else int(indent or 0)
+            elements, depth = _extent(value)
+            self._check_text(elements * (step * depth + sum(map(len, between or ()))))
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=between,  # type: ignore[arg-type]  # it says what is wrong with others than two
+            sort_keys=sort_keys,
+        )
+
+    def _walk(self, value: Any, *, count_text: bool) -> int:
+        """Charge for all that a value holds, its texts and long numbers included if they count; returns the charge."""
+        pending, characters, elements = [value], 0, 0
         while pending:
             item = pending.pop()
+            if isinstance(item, Namespace):
+                item = object.__getattribute__(item, "_Namespace__attrs")  # spelled out, it shows them
             if isinstance(item, str):
                 characters += len(item) if count_text else 0
-            elif isinstance(item, Mapping):
+            elif isinstance(item, int):
+                characters += item.bit_length() // 4 if count_text else 0  # hexadecimal digits
+            elif isinstance(item, Collection) and not isinstance(item, range):
                 self._spend(_ELEMENT * len(item))
-                pending += item.keys()
-                pending += item.values()
-            elif isinstance(item, (list, tuple)):
-                self._spend(_ELEMENT * len(item))
+                elements += len(item)
                 pending += item
+                pending += item.values() if isinstance(item, Mapping) else ()
             self._check_text(characters)
         self._spend(characters)
+        return characters + _ELEMENT * elements
 
     def _check_text(self, characters: int) -> None:
         if characters > MAX_TEXT:
@@ -282,15 +320,28 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 def _strftime_now(pattern: str) -> str:
+    if len(pattern) > _LONGEST_DATE:
+        raise LimitError(f"a date's pattern of {len(pattern)} characters")
     return datetime.now().strftime(pattern)
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as transformers' templates expect it; Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _has_nested_fields(pattern: str) -> bool:
+    """Whether it has a field like `{:{}}`, whose width or precision is a value, a text too."""
+    try:
+        return any("{" in (form or "") for _, _, form, _ in string.Formatter().parse(pattern))
+    except ValueError:  # no pattern of str.format's
+        return False
+
+
+def _extent(value: Any) -> tuple[int, int]:
+    """(elements of all levels, how many levels there are), of a value that `_walk` has found to be finite."""
+    level, elements, depth = [value], 0, 0
+    while level:
+        elements, depth = elements + len(level), depth + 1
+        inside = [
+            item.values() if isinstance(item, Mapping) else item
+            for item in level
+            if isinstance(item, (Mapping, list, tuple))
+        ]
+        level = [item for items in inside for item in items]
+    return elements, depth

@@ -187,6 +187,27 @@ def test_ctrl_c_at_the_prompt_hints_then_leaves(sit_down):
     assert typist.wait() == 0
 
 
+def test_files_of_a_question_that_was_not_added_go_with_the_next(sit_down, tmp_path):
+    (tmp_path / "a.txt").write_text("three more words\n")
+    typist = sit_down(FAKE_CONTEXT="12", columns=300)
+    typist.say("one two")
+    typist.expect("context 6/12")
+    typist.say(f"/file {tmp_path}/a.txt")
+    typist.expect("goes with the next question")
+    typist.say("go")
+    typist.expect("Drop the oldest 1 of 1 turn and go on? [y/N]")
+    typist.type("\r")
+    typist.expect("the last message was not added; its files go with the next question. ")
+    typist.say("/undo")
+    typist.expect("no turn is left")
+    typist.say("go")
+    typist.expect("context 11/12")  # the word, the file's name, two fences and 3 words, 4 answered
+    typist.say("/undo")
+    typist.expect("no turn is left")
+    typist.say("go")
+    typist.expect("context 5/12")
+
+
 def test_a_full_context_is_said_and_the_person_chooses(sit_down):
     typist = sit_down(FAKE_CONTEXT="12")
     typist.say("one two")

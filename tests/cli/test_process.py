@@ -222,3 +222,8 @@ def test_thinking_to_a_file(program, tmp_path):
     assert outcome.stderr == "localmoe: --think-to: /nowhere/x: cannot be written: No such file or directory\n"
     full = program.run("run", "demo", "Hi", "--think-to", "/dev/full", text=True, stdin=subprocess.DEVNULL)
     assert (full.returncode, full.stdout, full.stderr.count("\n")) == (1, "yes\n", 1)
+    full = program.run("run", "demo", "Hi", "--json", "--think-to", "/dev/full", text=True, stdin=subprocess.DEVNULL)
+    told = json.loads(full.stdout)
+    assert (told["text"], told["thinking"], told["error"]["kind"]) == ("yes", "let me see", "storage")
+    assert told["error"]["message"].startswith("--think-to: /dev/full: cannot be written: ")
+    assert (full.returncode, full.stderr) == (1, f"localmoe: {told['error']['message']}\n")

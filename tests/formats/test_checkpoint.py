@@ -99,6 +99,8 @@ def test_several_shards_through_the_index(tmp_path: Path) -> None:
         ({"a": "one.safetensors", "c": "two.safetensors"}, "c should be in two.safetensors"),
         ({"a": "../one.safetensors"}, "not the name"),
         ({"a": 3}, "not the name"),
+        ({"a": ["one.safetensors"]}, r"index\.json: weight_map has .* for 'a', which is not the name"),
+        ({"a": {}}, "not the name"),
         ({}, "weight_map"),
     ]:
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))

@@ -62,6 +62,8 @@ def test_written_and_read_back(method: Any) -> None:
         (("config_groups", "group_0", "weights", "group_size"), 48),
         (("config_groups", "group_0", "weights", "num_bits"), 3),
         (("config_groups", "group_0", "weights", "type"), "float"),
+        (("config_groups", "group_0", "weights", "type"), []),
+        (("config_groups", "group_0", "weights", "num_bits"), {}),
         (("config_groups", "group_0", "targets"), []),
     ],
 )

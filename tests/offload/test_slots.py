@@ -156,8 +156,10 @@ def test_a_load_that_fails_leaves_its_experts_to_the_cpu() -> None:
     layer.broken = True
     counts[0, 2] = 50
     passes(refresh, EVERY)
+    assert refresh.failure is None
     later.run()
     passes(refresh, 1)
+    assert refresh.failure == "the disk is gone"
     assert layer.card.tolist() == [-1] * 4
     layer.check()
     counts[0, 2] = 90

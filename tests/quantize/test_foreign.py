@@ -143,6 +143,8 @@ MODULE = "model.layers.1.mlp.experts.2.up_proj"
         ("scales", lambda t: t[:-1], "has scales of"),
         ("scales", lambda t: t.int(), "should be a matrix of floats"),
         ("qzeros", lambda t: t[:, :-1], "has zero points of"),
+        ("qzeros", lambda t: t.unsqueeze(0), f"{MODULE}.qzeros should be a matrix of int32"),
+        ("qzeros", lambda t: t.float(), "should be a matrix of int32; it is torch.float32"),
         ("scales", lambda t: t * 1.001, r"scales of [0-9,]+ that are no bfloat16 numbers; --round-scales"),
     ],
 )
@@ -153,6 +155,26 @@ def test_damaged_matrices_are_named(
     convert_source(source, "gptq")
     change_tensor(source, f"{MODULE}.{name}", change)
     refused(source, tmp_path / "output", CheckpointError, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda t: torch.full((8 * len(t), t.shape[1]), -128, dtype=torch.int8),
+            "zero points that are no numbers of 4",
+        ),
+        (lambda t: torch.zeros(7, dtype=torch.int8), r"weight_zero_point has zero points of \[7\], not \["),
+        (lambda t: t.unsqueeze(0), "weight_zero_point should be a matrix of int32"),
+    ],
+)
+def test_damaged_zero_points_are_named(
+    make_source: MakeSource, tmp_path: Path, change: Callable[[Tensor], Tensor], match: str
+) -> None:
+    source = make_source()
+    convert_source(source, "compressed-tensors")
+    change_tensor(source, f"{MODULE}.weight_zero_point", change)
+    refused(source, tmp_path / "output", CheckpointError, f"{MODULE}.*{match}")
 
 
 def test_scales_are_rounded_where_that_is_asked_for(make_source: MakeSource, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,26 @@ def test_a_damaged_manifest_does_not_break_the_list(manifest):
     (path / "localmoe.json").write_text(manifest)
     (artifact,) = list_artifacts()
     assert (artifact.group_size, artifact.version, artifact.mean_relative_error) == (None, None, None)
+
+
+def test_the_list_while_files_are_renamed_and_deleted(monkeypatch):
+    path = make_artifact("demo", "balanced", complete=False)
+    (path / "model-2.safetensors.partial").write_bytes(bytes(50))
+    plain = Path.stat
+
+    def renames(self, **options):
+        """Whoever looks at a file of quantize's looks just before it gets its last name."""
+        status = plain(self, **options)
+        if self.suffix == ".partial":
+            self.rename(self.with_suffix(""))
+        return status
+
+    monkeypatch.setattr(Path, "stat", renames)
+    (artifact,) = list_artifacts()
+    assert artifact.size_bytes == 152
+    monkeypatch.setattr("localmoe.store._read_manifest", lambda path: shutil.rmtree(path) or {})
+    (artifact,) = list_artifacts()
+    assert (artifact.size_bytes, artifact.complete) == (0, False)
 
 
 def test_rm_one_artifact():

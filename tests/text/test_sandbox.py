@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import json
 import resource
 import time
 
@@ -29,21 +30,38 @@ HUGE = {
     "replace": "{% set x = 'a' * 100000 %}{{ x | replace('a', x) }}",
     "replace method": "{% set x = 'a' * 100000 %}{{ x.replace('a', x) }}",
     "replace nothing": "{% set x = 'a' * 100000 %}{{ x.replace('', x) }}",
+    "replace by name": "{% set x = 'a' * 1000000 %}{{ x | replace(new=x, old='a') }}",
     "join": "{{ range(99999) | join('y' * 99999) }}",
     "join method": "{{ ('y' * 99999).join(('z' * 99999) | list) }}",
     "join of one text": "{% set x = 'y' * 9999999 %}{{ [x, x, x] | join }}",
     "center": "{{ 'x' | center(999999999) }}",
     "ljust": "{{ 'x'.ljust(999999999) }}",
     "indent": "{{ ('\n' * 9999999) | indent(9999) }}",
+    "indent by a text": "{{ ('a\n' * 1000) | indent('x' * 16000000) }}",
+    "indent by a named text": "{{ ('a\n' * 1000) | indent(width='x' * 16000000) }}",
+    "indent of other lines": r"{{ ('a\r' * 4000000) | indent(9999) }}",
     "format": "{{ '%999999999d' | format(1) }}",
     "format method": "{{ '{:>999999999}'.format(1) }}",
     "format nested": "{{ '{:>{}}'.format(1, 999999999) }}",
+    "format nested text": "{{ '{:{}}'.format(1, '>9999999999') }}",
+    "format of a list": "{{ ('{0}' * 5000000).format(['x' * 5000]) }}",
+    "format of a namespace": "{% set ns = namespace(x='x' * 5000) %}{{ ('{0.x}' * 3000000).format(ns) }}",
+    "format of a number": "{{ ('%x' * 100000) % ((('f' * 1000000) | int(0, 16),) * 100000) }}",
     "format star": "{{ '%*d' % (999999999, 1) }}",
     "percent": "{{ '%999999999s' % 'x' }}",
     "tojson": "{{ [1] | tojson(indent=999999999) }}",
+    "tojson indent by a text": "{{ range(999) | list | tojson(indent='x' * 16000000) }}",
+    "tojson indent, deep": "{% set ns = namespace(d=range(9999) | list) %}{% for i in range(90) %}{% set ns.d = [ns.d] %}{% endfor %}"
+    "{{ ns.d | tojson(indent=9999) }}",
+    "tojson separators": "{{ range(999) | list | tojson(separators=('x' * 16000000, ':')) }}",
+    "tojson separators, generated": "{{ range(999) | list | tojson(separators=['x' * 16000000, ':'] | map('string')) }}",
+    "strftime_now": "{{ strftime_now('%255d' * 3000000) }}",
+    "bytes": "{{ (1).to_bytes(9999999999, 'big') | length }}",
     "nested lists": "{% set ns = namespace(d=[1]) %}{% for i in range(99) %}{% set ns.d = [ns.d, ns.d] %}{% endfor %}{{ ns.d | length }}",
     "nested dicts": "{% set ns = namespace(d=1) %}{% for i in range(99) %}{% set ns.d = dict(a=ns.d, b=ns.d) %}{% endfor %}",
     "shared text": "{% set x = 'x' * 9999999 %}{{ [x] * 9999 }}",
+    "shared text in a namespace": "{% set ns = namespace(x='x' * 9999999) %}{{ [ns] * 9999 }}",
+    "shared text in a view": "{% set d = dict(a='x' * 9999999) %}{{ [d.items()] * 9999 }}",
     "shared text tojson": "{% set x = 'x' * 9999999 %}{{ ([x] * 9999) | tojson }}",
     "sum": "{% set x = 'ab' * 99999 %}{{ ([x | list] * 99999) | sum(start=[]) | length }}",
     "mapped": "{{ ['x'] | map('center', 999999999) | list }}",
@@ -73,8 +91,9 @@ def test_endless_loops_meet_the_deadline(source: str, monkeypatch: pytest.Monkey
 def test_huge_values_are_refused_before_they_are_made(source: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    with pytest.raises(TemplateError):
+    with pytest.raises(TemplateError) as caught:
         ChatTemplate(source, special_tokens={}).render([])
+    assert not isinstance(caught.value.__cause__, MemoryError)
     assert time.monotonic() - started < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 1024  # KiB
 
@@ -96,3 +115,29 @@ def test_every_rendering_starts_with_a_full_allowance() -> None:
     template = ChatTemplate("{% for i in range(9) %}{{ ('x' * 9999999) | length }}{% endfor %}", special_tokens={})
     for _ in range(6):
         assert template.render([]) == "9999999" * 9
+
+
+ORDINARY = {
+    "{{ nothing | default('yes') }}": "yes",
+    "{{ nothing | default([1]) | length }}": "1",
+    "{{ 'a\nb\nc' | indent('> ') }}": "a\n> b\n> c",
+    "{{ {'a': [1, 2]} | tojson(indent='\t') }}": '{\n\t"a": [\n\t\t1,\n\t\t2\n\t]\n}',
+    "{{ {'a': [1, 2]} | tojson(separators=(',', ':')) }}": '{"a":[1,2]}',
+    "{{ {'a': [1, 2]} | tojson }}": '{"a": [1, 2]}',
+    "{{ 'aXb' | replace(new='-', old='X') }}": "a-b",
+    "{{ '{{\"a\": {:>4}}}'.format(7) }}": '{"a":    7}',
+    "{{ '%s: %05.1f' | format('x', 2.5) }}": "x: 002.5",
+    "{{ '  a\n' | trim }}|{{ '--a'.lstrip('-') }}": "a|a",
+    "{{ strftime_now('%%') }}": "%",
+}
+
+
+@pytest.mark.parametrize(("source", "text"), ORDINARY.items())
+def test_what_templates_use_is_as_jinja_has_it(source: str, text: str) -> None:
+    assert ChatTemplate(source, special_tokens={}).render([]) == text
+
+
+def test_a_large_document_as_json_is_within_the_limits() -> None:
+    chat = [{"role": "tool", "content": [{"name": f"row {i}", "values": [i, [i, {"a": i}]]} for i in range(5000)]}]
+    text = ChatTemplate("{{ messages | tojson(indent=4) }}", special_tokens={}).render(chat)
+    assert json.loads(text) == chat
