@@ -17,7 +17,7 @@ from localmoe.memory import USABLE, MemoryNeeds, by_use, choose_context
 from localmoe.model.config import ModelConfig
 from localmoe.model.deepseek import Model
 from localmoe.model.kv_cache import row_bytes
-from localmoe.model.mtp import MtpLayer, has_mtp
+from localmoe.model.mtp import MtpLayer, has_mtp, mtp_module
 from localmoe.model.shapes import check_checkpoint
 from localmoe.offload.counts import ExpertCounts
 from localmoe.offload.device import CardMemory, choose_card, hold_to, subject_of
@@ -85,7 +85,8 @@ def load(
             _bring_in(checkpoint, config, chosen, budget, larger=larger, card=card is not None, mtp=mtp_layer)
         experts = ExpertStore(checkpoint, config, chosen)
         if card is not None:
-            engine = _on_card(card, checkpoint, config, chosen, experts, budget, ctx, deterministic)
+            rest = budget if budget is None else budget - needs.mtp
+            engine = _on_card(card, checkpoint, config, chosen, experts, rest, ctx, deterministic)
         else:
             context = choose_context(needs, config.max_position_embeddings, ctx, budget)
             routed = experts.layer if counts is None else counts.watching(experts.layer)
@@ -101,16 +102,17 @@ def load(
 def _bring_in(
     checkpoint: Checkpoint, config: ModelConfig, kernels: Kernels, budget: int, *, larger: bool, card: bool, mtp: bool
 ) -> None:
-    """In the background the whole model or, of one that is `larger` than memory, what every token reads: the experts
-    then come as they are chosen."""
+    """In the background the whole model or, of one that is `larger` than memory, what every token reads there: the
+    experts then come as they are chosen."""
     if not larger:
         checkpoint.warm()
         return
     kernels.ask_ahead(min(max(budget // 16, _LEAST_AHEAD), _MOST_AHEAD), checkpoint.tells_what_is_in_memory())
     always, _ = by_use(config, checkpoint.tensors.values(), mtp=mtp)
+    here = [info for info in always if not card or info.name.startswith(f"{mtp_module(config)}.")]
     # Without a lock, experts that pass through memory drive out what every token needs
-    fits = sum(info.nbytes for info in always) <= (usable_memory() or 0) * USABLE  # `budget` may be more than there is
-    checkpoint.warm([] if card else [info.name for info in always], keep=fits)
+    fits = sum(info.nbytes for info in here) <= (usable_memory() or 0) * USABLE  # `budget` may be more than there is
+    checkpoint.warm([info.name for info in here], keep=fits)
 
 
 def _on_card(

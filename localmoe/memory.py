@@ -25,6 +25,7 @@ class MemoryNeeds:
     always: int  # read for every token: attention, shared experts, dense layers, routers, head
     experts: int  # routed experts, of which a token reads a few
     cache_per_token: int  # of the latent cache, all layers
+    mtp: int = 0  # of the first two, what is the MTP layer's
 
     @classmethod
     def of(
@@ -36,7 +37,9 @@ class MemoryNeeds:
         first: its weights, and its own latents.
         """
         always, experts = by_use(config, tensors, mtp=mtp)
-        return cls(_nbytes(always), _nbytes(experts), cache_row * (config.num_hidden_layers + mtp))
+        module = f"model.layers.{config.num_hidden_layers}."
+        guessing = _nbytes(info for info in [*always, *experts] if info.name.startswith(module))
+        return cls(_nbytes(always), _nbytes(experts), cache_row * (config.num_hidden_layers + mtp), guessing)
 
     def fit(self, budget: float) -> bool:
         """Whether all weights stay in a memory of so many bytes."""

@@ -72,6 +72,7 @@ def test_needs_of_the_demo_add_up_to_its_headers() -> None:
         assert own > 0
         assert guessing.experts - needs.experts == own
         assert guessing.always - needs.always == sum(info.nbytes for info in layer) - own - copy
+        assert (needs.mtp, guessing.mtp) == (0, sum(info.nbytes for info in layer) - copy)
         assert guessing.cache_per_token == needs.cache_per_token // 5 * 6
     cache = LatentCache(config, 256)
     cache.append(0, torch.zeros(1, config.latent_width))
