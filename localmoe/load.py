@@ -54,7 +54,7 @@ def load(
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
-    measuring finds to pay, and none on a card, where nobody has run it yet; 0: none. On a card experts change places as
+    measuring finds to pay, and none on a card, where nobody has measured it yet; 0: none. On a card experts change places as
     they are used, and with them the last bits of results, unless it is to be `deterministic`, which knows nothing of
     earlier runs either. `counts` counts the experts that are chosen, on the CPU's engine.
 
@@ -65,11 +65,7 @@ def load(
     card = choose_card("cpu" if kernels == "reference" and device == "auto" and vram is None else device, vram)
     chosen = Kernels.choose(kernels, threads, cache_dtype)
     _refuse_what_cannot_be(card, chosen, mtp)
-    resolved = resolve(str(model.expanduser().absolute()) if isinstance(model, Path) else model)
-    checkpoint = Checkpoint.open(resolved.path)
-    _refuse_unquantized(resolved, checkpoint)
-    config = ModelConfig.from_dict(checkpoint.config)
-    check_checkpoint(config, checkpoint)
+    checkpoint, config = _checked(resolve(str(model.expanduser().absolute()) if isinstance(model, Path) else model))
     row, guesses = row_bytes(config, chosen.cache_dtype), mtp != 0 and (card is None or mtp is not None)
     mtp_layer = guesses and has_mtp(config, checkpoint)
     needs = MemoryNeeds.of(config, checkpoint.tensors.values(), row, mtp=mtp_layer)
@@ -146,14 +142,14 @@ def _on_card(
     hold_to(card)
     torch.set_float32_matmul_precision("highest")  # the environment may allow TF32, and routers choose others then
     machine = machine_here(look(ask_cards=False), home(), kernels.threads or 1, with_card=True, card=card.name)
-    from_tokens = stream_from(subject, machine, placed.layers)
     chosen = experts_on_card(subject, placed.layers)
     layers = sum(layer.on_gpu for layer in placed.layers)
     tokens = placed.context if deterministic else min(CACHE_STEP, placed.context)
     try:
         arena = Arena(placed.arena, card.device, card_cache_bytes(subject.cache_row, layers, tokens))
+        carried = stream_from(subject, machine, placed.layers)
         kept = CardExperts(
-            checkpoint, config, kernels, chosen, card.device, stream_from=from_tokens, arena=arena, heat=subject.heat
+            checkpoint, config, kernels, chosen, card.device, stream_from=carried, arena=arena, heat=subject.heat
         )
         with ExitStack() as opened:
             opened.callback(kept.close)
@@ -176,6 +172,15 @@ def _on_card(
 
     on_card = OnCard(placed, kept.uses, kept.hits, kept.expect, closing)
     return Engine(model, checkpoint, kernels, placed.context, on_card)
+
+
+def _checked(resolved: Resolved) -> tuple[Checkpoint, ModelConfig]:
+    """The headers of a model's files, which are of one that can be run."""
+    checkpoint = Checkpoint.open(resolved.path)
+    _refuse_unquantized(resolved, checkpoint)
+    config = ModelConfig.from_dict(checkpoint.config)
+    check_checkpoint(config, checkpoint)
+    return checkpoint, config
 
 
 def _refuse_what_cannot_be(card: CardMemory | None, kernels: Kernels, mtp: int | None) -> None:

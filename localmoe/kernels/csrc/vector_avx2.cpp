@@ -64,15 +64,10 @@ inline uint32_t largest_bits(const uint8_t* bf16, int64_t count) {
   return 0xffff - _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
 }
 
-// 16 bf16 numbers times `by`, to the nearest integers: where a sum with 1.5 * 2^23 has its low bits.
-inline void round_bf16(const uint8_t* from, Floats by, int16_t* to) {
-  const __m256i pairs = load_256(from);
-  const __m256 factor = reinterpret_cast<__m256>(by), base = _mm256_set1_ps(12582912.0f);
-  const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-  const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
-  const __m256i low = _mm256_castps_si256(_mm256_fmadd_ps(even, factor, base));
-  const __m256i high = _mm256_castps_si256(_mm256_fmadd_ps(odd, factor, base));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa));
+// The lower halves of two vectors' lanes, the second's above the first's.
+inline Halves join_halves(Floats low, Floats high) {
+  const __m256i above = _mm256_slli_epi32(reinterpret_cast<__m256i>(high), 16);
+  return reinterpret_cast<Halves>(_mm256_blend_epi16(reinterpret_cast<__m256i>(low), above, 0xaa));
 }
 
 // 16 bytes of an int8 row as they are worth before its scale.

@@ -62,16 +62,11 @@ inline uint32_t largest_bits(const uint8_t* bf16, int64_t count) {
   return 0xffff - _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
 }
 
-// 32 bf16 numbers times `by`, to the nearest integers: where a sum with 1.5 * 2^23 has its low bits.
-inline void round_bf16(const uint8_t* from, Floats by, int16_t* to) {
-  const __m512i pairs = _mm512_loadu_si512(from);
-  const __m512 factor = reinterpret_cast<__m512>(by), base = _mm512_set1_ps(12582912.0f);
-  const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
-  const __m512i low = _mm512_castps_si512(_mm512_fmadd_ps(even, factor, base));
-  const __m512i high = _mm512_castps_si512(_mm512_fmadd_ps(odd, factor, base));
+// The lower halves of two vectors' lanes, the second's above the first's.
+inline Halves join_halves(Floats low, Floats high) {
   const __m512i up = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 4, 4, 4, 5, 8, 8, 8, 9, 12, 12, 12, 13));
-  _mm512_storeu_si512(to, _mm512_mask_shuffle_epi8(low, 0xcccccccccccccccc, high, up));
+  return reinterpret_cast<Halves>(_mm512_mask_shuffle_epi8(reinterpret_cast<__m512i>(low), 0xcccccccccccccccc,
+                                                           reinterpret_cast<__m512i>(high), up));
 }
 
 // 32 bytes of an int8 row as they are worth before its scale.
