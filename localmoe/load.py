@@ -54,9 +54,9 @@ def load(
     the smaller of the model's maximum and what fits. `threads` sets torch's threads too, for the whole process.
     `cache_dtype` is what the latent cache holds: bf16 by default ("auto"), float32 or int8. `mtp` is how many tokens
     to guess at a time, with the checkpoint's MTP layer or, without one, from what the text repeats; None: as many as
-    measuring finds to pay, and none on a card, where nobody has measured it yet; 0: none. On a card experts change places as
-    they are used, and with them the last bits of results, unless it is to be `deterministic`, which knows nothing of
-    earlier runs either. `counts` counts the experts that are chosen, on the CPU's engine.
+    measuring finds to pay, and none on a card, where nobody has measured it yet; 0: none. On a card experts change
+    places as they are used, and with them the last bits of results, unless it is to be `deterministic`, which knows
+    nothing of earlier runs either. `counts` counts the experts that are chosen, on the CPU's engine.
 
     Raises ModelNotFoundError with what to type, CheckpointError and UnsupportedModelError for files that
     cannot be run, DeviceError for a device, kernel tier or memory that this machine lacks, UsageError.
