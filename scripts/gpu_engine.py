@@ -1,4 +1,4 @@
-"""The engine as a whole on a card: sections `check-engine`, `check-guesses` and `engine` of `scripts/gpu_check`.
+"""The engine as a whole on a card: `check-engine`, `check-guesses`, `calls` and `engine` of `scripts/gpu_check`.
 
 The checks run the demo, which is in the checkout, against the reference on the CPU and against itself. The timings run
 `localmoe.benchmark` on a random checkpoint of V2-Lite's shape, made on the spot, with as much memory as --vram gives.
@@ -196,6 +196,21 @@ def margins_of(bench: Any, answers: list[tuple[list[int], list[int], list[int]]]
             logits = engine.logits(prompt + one[:place])[-1]
             margins.append(float(logits.max() - torch.minimum(logits[one[place]], logits[two[place]])))
     return margins
+
+
+def calls(bench: Any) -> Iterator[dict[str, Any]]:
+    """What a call of the CPU costs inside a CUDA graph, by each way that the driver has."""
+    ensure_extension()
+    from localmoe.kernels.calls import callers, round_trip
+
+    if not bench.on_gpu:
+        yield {"by": "nothing", "skipped": "no driver to call by"}
+        return
+    for name, caller in callers().items():
+        taken = round_trip(caller, bench.device)
+        yield (
+            {"by": name, "us": taken * 1e6} if math.isfinite(taken) else {"by": name, "skipped": "not in a graph here"}
+        )
 
 
 def engine(bench: Any) -> Iterator[dict[str, Any]]:

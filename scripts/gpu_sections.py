@@ -440,6 +440,7 @@ def run(name: str, device: str) -> None:
         "environment": environment, "extension": extension, "bandwidth": bandwidth, "matvec": matvec,
         "matmul": matmul, "experts": experts, "decode": decode, "check-engine": gpu_engine.check_engine,
         "check-guesses": gpu_engine.check_guesses, "engine": gpu_engine.engine, "knobs": gpu_knobs.knobs,
+        "calls": gpu_engine.calls,
     }  # fmt: skip
     rows = sections[name](bench) if name in sections else check(bench, name.removeprefix("check-"))
     for row in rows:

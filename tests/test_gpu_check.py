@@ -51,6 +51,7 @@ def gpu_check(*arguments: str) -> tuple[int, list[str], dict[str, Any]]:
         ("experts", 4, ("eager_us", "gbps", "share")),
         ("decode", 2, ("eager_us", "gbps", "share")),
         ("engine", 1, ("prefill_tps", "decode_tps", "open_s")),
+        ("calls", 1, ()),
         ("check_guesses", 1, ("answers", "gain", "right")),
     ],
 )

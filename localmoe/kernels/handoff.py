@@ -1,22 +1,24 @@
 """A layer's experts on the CPU while the card computes: hidden states down, their sum up, on a stream of their own.
 
-The card's copies and the CPU's work are ordered by the stream alone: the driver calls the kernels (C++, never Python)
-when the copies have arrived, so that a CUDA graph holds all of it and nothing waits that need not. A mapped file cannot
-be pinned, but nothing of it is copied here: 8 rows of hidden states are, through pinned memory.
+The card's copies and the CPU's work are ordered by the stream alone: it calls the kernels (C++, never Python) when the
+copies have arrived (`localmoe.kernels.calls`), so that a CUDA graph holds all of it and nothing waits that need not. A
+mapped file cannot be pinned, but nothing of it is copied here: 8 rows of hidden states are, through pinned memory.
 """
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 from torch import Tensor
 
 from localmoe.kernels import _cpu
+from localmoe.kernels.calls import quickest
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertProducts
 from localmoe.kernels.marks import COPIES, EXPERTS_ON_CPU, UNMARKED, Mark
 
 _ROWS = 8
-_DRIVER = "libcuda.so.1"
 
 
 class Handoff:
@@ -38,7 +40,9 @@ class Handoff:
         self._pending = False
         self._jobs: dict[tuple[int, int], _cpu.ExpertJob] = {}
         if self._native:
-            self._driver = _cpu.CudaDriver(_DRIVER)
+            self._caller, _ = quickest(device)
+            if isinstance(self._caller, _cpu.Doorbell):  # before the driver takes the memory away that it looks at
+                weakref.finalize(self, self._caller.stop)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._left, self._back = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
 
@@ -77,7 +81,7 @@ class Handoff:
             self._ids[:count].copy_(expert_ids, non_blocking=True)
             self._weights[:count].copy_(weights, non_blocking=True)
             mark.beside(COPIES)
-            self._job(experts, slots, count).enqueue(self._driver, self._stream.cuda_stream)
+            self._job(experts, slots, count).enqueue(self._caller, self._stream.cuda_stream)
             mark.beside(EXPERTS_ON_CPU)
             self._arrived[:count].copy_(self._result[:count], non_blocking=True)
             mark.beside(COPIES)

@@ -20,10 +20,12 @@ def card_probes(
     device: torch.device, *, copy: int = _COPY_BYTES, link: int = _LINK_BYTES, shape: tuple[int, int, int] = _SHAPE
 ) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
     """(name in `machine.FIGURE_UNITS`, what it is, how to measure it), by weight in a plan. Sizes in bytes; `shape` is
-    (tokens, out, in) of a product. What a layer and a handoff cost besides stays assumed."""
+    (tokens, out, in) of a product. What a layer costs besides stays assumed."""
     yield "gpu.read", "the card's memory bandwidth", lambda: _read(device, copy)
     yield "gpu.pcie", "the link to the card", lambda: _link(device, link)
     yield "gpu.macs", "the card's products of many tokens", lambda: _products(device, *shape)
+    if device.type == "cuda":
+        yield "gpu.handoff", "telling the CPU and hearing back", lambda: _handoff(device)
 
 
 def _read(device: torch.device, size: int) -> Figure:
@@ -53,6 +55,13 @@ def _products(device: torch.device, tokens: int, rows: int, columns: int) -> Fig
     return Figure(
         tokens * rows * columns / _seconds(device, lambda: matmul(x, matrix, out, launch)), "measured", "int4"
     )
+
+
+def _handoff(device: torch.device) -> Figure:
+    from localmoe.kernels.calls import quickest
+
+    _, seconds = quickest(device)
+    return Figure(seconds, "measured", "a row down and up with it")
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

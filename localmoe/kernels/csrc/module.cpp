@@ -13,6 +13,7 @@
 
 #include "arrays.h"
 #include "attention.h"
+#include "doorbell.h"
 #include "driver.h"
 #include "experts.h"
 #include "kernels.h"
@@ -300,9 +301,10 @@ class ExpertJob {
                  y_.data());
   }
 
-  // Once what is in the stream is done.
-  void enqueue(const CudaDriver& driver, uintptr_t stream) {
-    driver.launch(reinterpret_cast<void*>(stream), [](void* job) { static_cast<ExpertJob*>(job)->run(); }, this);
+  // Once what is in the stream is done; it then goes on. `caller` is a CudaDriver or a Doorbell.
+  template <typename Caller>
+  void enqueue(Caller& caller, uintptr_t stream) {
+    caller.call(reinterpret_cast<void*>(stream), {[](void* job) { static_cast<ExpertJob*>(job)->run(); }, this});
   }
 
  private:
@@ -315,6 +317,20 @@ class ExpertJob {
   Result y_;
   std::vector<int64_t> known_;
 };
+
+// Work that does nothing: the way to the CPU and back alone.
+template <typename Caller>
+void ring(Caller& caller, uintptr_t stream) {
+  caller.call(reinterpret_cast<void*>(stream), {[](void*) {}, nullptr});
+}
+
+void new_doorbell(Doorbell* self, const CudaDriver& driver,
+                  const nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& words) {
+  const auto address = reinterpret_cast<uintptr_t>(words.data());
+  require(extent(words, 0) >= static_cast<int64_t>(sizeof(Doorbell::Words)), "the words of a doorbell take 128 bytes");
+  require(address % alignof(Doorbell::Words) == 0, "the words of a doorbell are not aligned to 64 bytes");
+  new (self) Doorbell(driver, reinterpret_cast<Doorbell::Words*>(address));
+}
 
 }  // namespace
 }  // namespace localmoe
@@ -362,14 +378,22 @@ NB_MODULE(_cpu, m) {
       .def("attention", &Kernels::attention)
       .def("layers", &Kernels::layers)
       .def("take_seconds", &Kernels::take_seconds);
-  nb::class_<CudaDriver>(m, "CudaDriver").def(nb::init<const std::string&>(), "library"_a);
+  nb::class_<CudaDriver>(m, "CudaDriver")
+      .def(nb::init<const std::string&>(), "library"_a)
+      .def("ring", &ring<const CudaDriver>, "stream"_a);
+  nb::class_<Doorbell>(m, "Doorbell")
+      .def("__init__", &new_doorbell, "driver"_a, "words"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("ring", &ring<Doorbell>, "stream"_a)
+      .def("let_go", &Doorbell::let_go)
+      .def("stop", &Doorbell::stop, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<ExpertJob>(m, "ExpertJob")
       .def(nb::init<Kernels&, const Experts&, const Rows<float>&, const ExpertJob::Ids&, const Rows<float>&,
                     const ExpertJob::Slots&, const Result&>(),
            "kernels"_a, "experts"_a, "x"_a, "ids"_a, "weights"_a, "slots"_a, "y"_a, nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>())
       .def("run", &ExpertJob::run, nb::call_guard<nb::gil_scoped_release>())
-      .def("enqueue", &ExpertJob::enqueue, "driver"_a, "stream"_a);
+      .def("enqueue", &ExpertJob::enqueue<const CudaDriver>, "caller"_a, "stream"_a)
+      .def("enqueue", &ExpertJob::enqueue<Doorbell>, "caller"_a, "stream"_a, nb::keep_alive<2, 1>());
   nb::class_<Attention>(m, "Attention")
       .def(nb::init<const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&, const OwnedMatrix&,
                     std::vector<float>, int64_t, int64_t, float, float>(),

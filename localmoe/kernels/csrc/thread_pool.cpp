@@ -5,6 +5,8 @@
 
 #include <utility>
 
+#include "relax.h"
+
 namespace localmoe {
 
 namespace {
@@ -12,14 +14,6 @@ namespace {
 // About a millisecond: between two calls for a token lie some tens of microseconds, and waking a thread of a virtual
 // machine takes longer than that.
 constexpr int kSpins = 40000;
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
 
 // A container may forbid it or hide the processor: then the thread runs where the system puts it.
 void pin(pthread_t thread, int cpu) {
