@@ -48,6 +48,11 @@ class CachedTokens:
         self._branches = Branches()
 
     @property
+    def mtp(self) -> MtpDrafter | None:
+        """The drafter, where it is an MTP layer: its latents are kept wherever these are."""
+        return self.drafter if isinstance(self.drafter, MtpDrafter) else None
+
+    @property
     def capacity(self) -> int:
         """Tokens it can hold."""
         return self.cache.capacity
@@ -147,12 +152,12 @@ class CachedTokens:
         """Copy what comes after the first `kept` tokens to the side."""
         ids = self._ids[: self.length]
         drafted = None
-        if isinstance(self.drafter, MtpDrafter):
+        if (mtp := self.mtp) is not None:
             kept = max(kept - 1, 0)  # it may need the state of the last token kept again
             first = max(kept, 1) - 1
-            if self.drafter.start <= first and self.drafter.seen == len(ids):
-                self.drafter.settle(ids)
-                drafted = _aside(self.drafter.rows[first - self.drafter.start : len(ids) - 1 - self.drafter.start])
+            if mtp.start <= first and mtp.seen == len(ids):
+                mtp.settle(ids)
+                drafted = _aside(mtp.rows[first - mtp.start : len(ids) - 1 - mtp.start])
         rows = {layer: _aside(self.cache.reserve(layer, 0)[kept : len(ids)]) for layer in self.cache.layers}
         self._branches.add(Branch(np.asarray(ids, dtype=np.int64), kept, rows, drafted))
 
@@ -160,19 +165,20 @@ class CachedTokens:
         """Go on with the first `known` tokens of a branch, but for the last where its state is needed. False where that
         is not more than there is."""
         first = len(self._ids)
-        end = known - 1 if isinstance(self.drafter, MtpDrafter) else known
+        mtp = self.mtp
+        end = known if mtp is None else known - 1
         if end <= first:
             return False
         for layer in self.cache.layers:
             self.cache.reserve(layer, end - first)[first:] = branch.rows_of(layer, first, end)
         self.cache.advance(end - first)
-        if isinstance(self.drafter, MtpDrafter):
-            self.drafter.settle(self._ids)
-            drafted = branch.drafted_of(self.drafter.end, end)
+        if mtp is not None:
+            mtp.settle(self._ids)
+            drafted = branch.drafted_of(mtp.end, end)
             if drafted is None:
-                self.drafter.restart(end)
+                mtp.restart(end)
             else:
-                self.drafter.append(drafted)
+                mtp.append(drafted)
         self._ids += branch.ids[first:end].tolist()
         if self.drafter is not None and not self.drafter.needs_states:
             self.drafter.observe(self._ids, None)

@@ -31,7 +31,6 @@ from localmoe.formats.safetensors import DTYPE_NAMES, TensorInfo, read_header
 from localmoe.formats.scheme import TensorSpec
 from localmoe.session import CachedTokens
 from localmoe.sessions import Facts, damaged, name_of, read_facts
-from localmoe.speculative import MtpDrafter
 
 _WORKERS = 4  # hashing keeps up with a fast disk; it holds no lock of Python's
 _CHUNK = 1 << 20  # bytes hashed while they are in the processor's cache
@@ -103,9 +102,9 @@ def restore(path: Path, cached: CachedTokens, model_hash: str, cache_dtype: str,
         )
     into = _destinations(facts, infos, cached, name)
     _read_all(path, header, infos, into, name)
-    if facts.draft_tokens and isinstance(cached.drafter, MtpDrafter):
+    if facts.draft_tokens and cached.mtp is not None:
         start = facts.tokens - facts.draft_tokens - len(into["mtp.state"])
-        cached.drafter.resume(start, facts.draft_tokens, into["mtp.state"])
+        cached.mtp.resume(start, facts.draft_tokens, into["mtp.state"])
     cached.adopt(into["token_ids"].tolist())
     return Restored(facts, into.get("expert_heat"))
 
@@ -114,11 +113,10 @@ def _tensors(cached: CachedTokens) -> dict[str, Tensor]:
     count, cache = cached.length, cached.cache
     tensors = {"token_ids": torch.tensor(cached.token_ids[:count], dtype=torch.int32)}
     tensors |= {f"latents.{layer}": cache.reserve(layer, 0)[:count] for layer in cache.layers}
-    drafter = cached.drafter
-    if isinstance(drafter, MtpDrafter) and drafter.seen == count:
-        drafter.settle(cached.token_ids)
-        if len(drafter.rows):
-            tensors |= {"mtp.latents": drafter.rows, "mtp.state": drafter.last_state()}
+    if (mtp := cached.mtp) is not None and mtp.seen == count:
+        mtp.settle(cached.token_ids)
+        if len(mtp.rows):
+            tensors |= {"mtp.latents": mtp.rows, "mtp.state": mtp.last_state()}
     return tensors
 
 
@@ -177,16 +175,16 @@ def _open(path: Path) -> tuple[list[TensorInfo], bytes, Facts]:
 
 def _destinations(facts: Facts, infos: list[TensorInfo], cached: CachedTokens, name: str) -> dict[str, Tensor]:
     """Where each tensor of the file goes: rows of the cache, which are reserved and not yet counted as held."""
-    count, cache, drafter = facts.tokens, cached.cache, cached.drafter
+    count, cache, mtp = facts.tokens, cached.cache, cached.mtp
     into = {f"latents.{layer}": cache.reserve(layer, count) for layer in cache.layers}
     found = {info.name: info for info in infos[:-1]}
-    if facts.draft_tokens and isinstance(drafter, MtpDrafter):
+    if facts.draft_tokens and mtp is not None:
         shape = found["mtp.state"].shape if "mtp.state" in found else ()
         if len(shape) != 2 or facts.draft_tokens + (waiting := shape[0]) > count:
             raise damaged(name)
-        (layer,) = drafter.cache.layers
-        into["mtp.latents"] = drafter.cache.reserve(layer, facts.draft_tokens)
-        into["mtp.state"] = torch.empty(min(waiting, 1), drafter.width if waiting else 0)
+        (layer,) = mtp.cache.layers
+        into["mtp.latents"] = mtp.cache.reserve(layer, facts.draft_tokens)
+        into["mtp.state"] = torch.empty(min(waiting, 1), mtp.width if waiting else 0)
     wanted: dict[str, TensorSpec] = {"token_ids": (torch.int32, (count,))}
     wanted |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in into.items()}
     for key, info in found.items():
