@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels import _cpu
-from localmoe.kernels.calls import quickest
+from localmoe.kernels.calls import Caller, quickest
 from localmoe.kernels.dispatch import Kernels
 from localmoe.kernels.experts import ExpertProducts
 from localmoe.kernels.marks import COPIES, EXPERTS_ON_CPU, UNMARKED, Mark
@@ -39,12 +39,17 @@ class Handoff:
         self._arrived = torch.zeros(_ROWS, hidden, device=device)
         self._pending = False
         self._jobs: dict[tuple[int, int], _cpu.ExpertJob] = {}
+        self._caller: Caller | None = None
         if self._native:
-            self._caller, _ = quickest(device)
-            if isinstance(self._caller, _cpu.Doorbell):  # before the driver takes the memory away that it looks at
-                weakref.finalize(self, self._caller.stop)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._left, self._back = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def prepare(self) -> None:
+        """Find out how to call the CPU. Before the first `submit`, while the card has nothing to do."""
+        if self._native and self._caller is None:
+            self._caller, _ = quickest(self.device)
+            if isinstance(self._caller, _cpu.Doorbell):  # before the driver takes the memory away that it looks at
+                weakref.finalize(self, self._caller.stop)
 
     def captures(self, experts: ExpertProducts) -> bool:
         """Whether these are computed without the host."""
@@ -81,6 +86,7 @@ class Handoff:
             self._ids[:count].copy_(expert_ids, non_blocking=True)
             self._weights[:count].copy_(weights, non_blocking=True)
             mark.beside(COPIES)
+            assert self._caller is not None, "see `prepare`"
             self._job(experts, slots, count).enqueue(self._caller, self._stream.cuda_stream)
             mark.beside(EXPERTS_ON_CPU)
             self._arrived[:count].copy_(self._result[:count], non_blocking=True)

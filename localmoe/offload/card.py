@@ -103,6 +103,7 @@ class LayerExperts:
         """A layer that is whole on the card knows no CPU: a pass saves the way there and back."""
         if self._cpu is None and len(self.table.held) < len(self.uses):
             if self._products is None:
+                self._handoff.prepare()
                 self._products = self._kernels.experts(len(self.uses), self._look_up)
             self._cpu = self._products
 
