@@ -255,6 +255,11 @@ class Engine:
         (None: from the beginning), and foreseen where nothing was counted; None without a card. Between passes."""
         return None if self._card is None else self._card.hit_rates(self.config.moe_layers, since)
 
+    @property
+    def troubles(self) -> list[str]:
+        """What makes a card slower than it need be; nothing where all works, or without one."""
+        return [] if self._card is None else self._card.troubles()
+
     def card_split(self, held: int) -> Split | None:
         """Where a decoded token's time goes on the card, from a few passes beside what is decoded: after the kept
         conversation, or where none is kept after `held` random tokens. Nothing of the conversation changes. None

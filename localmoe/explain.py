@@ -107,7 +107,8 @@ class Explanation:
     cache (empty where that is not known); `limit_share` is bytes a second over the limit; `hit_rate_by_layer` is the
     share of expert uses that the card's memory served, or was placed to serve where none was counted (None: no card);
     `changes` the best first. `beside_milliseconds_per_token` is what ran at the same time as a card's parts: the CPU's
-    experts and the copies for them, of which the card's "waiting" is what it had to wait for."""
+    experts and the copies for them, of which the card's "waiting" is what it had to wait for. `troubles` make a card
+    slower than it need be."""
 
     tokens: int
     tokens_per_second: float
@@ -119,6 +120,7 @@ class Explanation:
     hit_rate_by_layer: list[float] | None
     changes: list[Change]
     beside_milliseconds_per_token: dict[str, float] = field(default_factory=dict)
+    troubles: list[str] = field(default_factory=list)
 
 
 def explain_engine(
@@ -151,7 +153,8 @@ def explain_engine(
         if CARD in sample.parts:
             split = engine.card_split(sample.held)
             sample = replace(sample, parts=split_up(sample.parts, split), beside=split.beside if split else {})
-        return explain_card(sample, placed, machine, engine.placement, int8_row)
+        found = explain_card(sample, placed, machine, engine.placement, int8_row)
+        return replace(found, troubles=engine.troubles)
     return explain(
         sample,
         subject,

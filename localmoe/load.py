@@ -170,7 +170,14 @@ def _on_card(
             with suppress(OSError):  # a hint for the next run, which does without
                 heat.plus(kept.uses()).write(known)
 
-    on_card = OnCard(placed, kept.uses, kept.hits, kept.expect, closing)
+    def troubles() -> list[str]:
+        found = {
+            "decode runs without CUDA graphs": model.not_captured,
+            "an expert could not be brought to the card": kept.failure,
+        }
+        return [f"{what}: {why}" for what, why in found.items() if why is not None]
+
+    on_card = OnCard(placed, kept.uses, kept.hits, kept.expect, troubles, closing)
     return Engine(model, checkpoint, kernels, placed.context, on_card)
 
 

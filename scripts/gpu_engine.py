@@ -284,7 +284,7 @@ def _timed(bench: Any, directory: Path, run: Run) -> dict[str, Any]:
 
     def look(what: str) -> None:
         if what.startswith("decode"):  # after the prefill, while it is open
-            seen.update(chunk=engines[0].model.prefill_chunk, not_captured=engines[0].model._replay.failure)
+            seen.update(chunk=engines[0].model.prefill_chunk, troubles=engines[0].troubles)
 
     try:
         found = measure(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from localmoe.cli.speed import text
 from localmoe.errors import DeviceError, UsageError
 from localmoe.explain import PartTimer, explain_engine
 from localmoe.load import Engine, load
@@ -142,6 +143,10 @@ def test_a_tokens_time_is_split_up_beside_a_conversation(
         assert {"attention", "router", "shared expert", "experts on GPU", "dense", "head", "copies"} < set(parts)
         assert "card" not in parts
         assert sum(parts.values()) == pytest.approx(1e3 * step.stats.decode_seconds)
+        assert found.troubles == []
+        monkeypatch.setattr(engine.model._replay, "failure", "no such\x1b graph")
+        troubled = explain_engine(engine, sample, Path("nowhere"), {})
+        assert "slower than it need be: decode runs without CUDA graphs: no such graph" in text(troubled)
         assert found.bytes_per_token["attention"] > 0
         assert torch.equal(uses, engine.expert_uses())
         (last,) = engine.generate([*ids, 6], max_tokens=1, reuse_prefix=True)

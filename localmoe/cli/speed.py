@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from localmoe import store
 from localmoe.cli import streams
+from localmoe.cli.sanitize import printable_line
 
 if TYPE_CHECKING:
     from localmoe.benchmark import Benchmark
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 KEYS = (
     "speed {tokens, tokens_per_second, milliseconds_per_token {part: ms}, bytes_per_token {part: bytes}, "
     "limit_bytes_per_second, limit, limit_share, hit_rate_by_layer (null: no card), changes [{change, "
-    "tokens_per_second, gain}], beside_milliseconds_per_token {part: ms} (at the same time as a card's parts)} or null"
+    "tokens_per_second, gain}], beside_milliseconds_per_token {part: ms} (at the same time as a card's parts), "
+    "troubles [what makes a card slower than it need be]} or null"
 )
 _NAMES = {
     "experts": "experts, shared one too",
@@ -102,6 +104,7 @@ def text(found: Explanation) -> str:
         lines.append("bytes are not counted where guesses let a pass compute several tokens")
     if found.hit_rate_by_layer:
         lines.append("experts on the card, by layer: " + " ".join(f"{rate:.0%}" for rate in found.hit_rate_by_layer))
+    lines += [f"slower than it need be: {printable_line(trouble)}" for trouble in found.troubles]
     if found.changes:
         best = found.changes[0]
         lines.append(f"what would help most: {best.change}: {best.tokens_per_second:.1f} tokens/s ({best.gain:+.0%})")

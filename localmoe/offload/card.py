@@ -307,6 +307,11 @@ class CardExperts:
         if self._refresh is not None and tokens > 0:
             self._refresh.expect(uses, tokens)
 
+    @property
+    def failure(self) -> str | None:
+        """Why an expert could not change places, where one could not: the first time."""
+        return None if self._refresh is None else self._refresh.failure
+
     def uses(self) -> Tensor:
         """int64 [L, E] in CPU memory: how often each expert fired. Layers that are not on the card are not counted."""
         return self._uses.cpu().long()

@@ -25,6 +25,8 @@ class OnCard:
     """How many of them found their expert on the card, and how many there were, [L, 2]."""
     expect: Callable[[Tensor], None]
     """Place experts as if they had just been used so, [L, E], where places change."""
+    troubles: Callable[[], list[str]]
+    """What makes it slower than it need be: nothing, where all works."""
     close: Callable[[], None]
 
     def hit_rates(self, moe_layers: Sequence[bool], since: Tensor | None) -> list[float]:

@@ -300,6 +300,11 @@ class CardModel:
         self._logits[:count].copy_(rows.logits[:count], non_blocking=True)
         mark(COPIES)
 
+    @property
+    def not_captured(self) -> str | None:
+        """Why decode runs without CUDA graphs, where this driver could not capture one."""
+        return self._replay.failure
+
     def split(self, token_ids: Sequence[int], cache: LatentCache) -> Split:
         """Seconds by part of what the card does for a decoded token, from a pass for each of `token_ids`, each as if it
         came next. Layers and a head in CPU memory have a profile of their own.
