@@ -318,9 +318,11 @@ class Engine:
         if card is not None:
             card.close()
         self._model = self._mtp = self._cached = None
-        if card is not None:
-            torch.cuda.empty_cache()  # or the next model would find the card as full as before
-        self._checkpoint.close()
+        try:
+            if card is not None:
+                torch.cuda.empty_cache()  # or the next model would find the card as full as before
+        finally:
+            self._checkpoint.close()
 
     @property
     def model(self) -> Model | CardModel:

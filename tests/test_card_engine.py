@@ -75,9 +75,9 @@ def test_half_the_experts_on_the_card(on_card: Callable[..., Engine], tmp_path: 
             assert [s.token_id for s in steps] == [s.token_id for s in reference.generate(ids, max_tokens=2)]
         gc.collect()
         gc.disable()  # the command line leaves out what was there when the first model was
-        model = weakref.ref(engine.model)
+        model, arena = weakref.ref(engine.model), weakref.ref(engine.model._latents._arena)
     try:
-        assert model() is None  # its memory on the card is free for the next one
+        assert (model(), arena()) == (None, None)  # its memory on the card is free for the next one
     finally:
         gc.enable()
     (heat,) = (tmp_path / "heat").iterdir()
@@ -234,16 +234,45 @@ def test_a_pass_that_cannot_be_captured_is_run_as_it_is(fails: bool, monkeypatch
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
+    left = []
+    monkeypatch.setattr(torch.cuda, "set_stream", left.append)
     replay = Replay(torch.device("cuda", 0))
     for _ in range(3):
         replay(1, lambda: done.append("run"))
     # run, seen by the capture, and then one of the two
     assert done == (["run", "run", "run", "run"] if fails else ["run", "run", "replayed", "replayed"])
     assert replay.failure == ("operation not permitted when stream is capturing" if fails else None)
+    assert len(left) == 1  # the stream from before
     replay.forget()
     replay(1, lambda: done.append("again"))
     replay(1, lambda: done.append("again"))
     assert done[4:] == (["again", "again"] if fails else ["again", "again", "replayed"])
+
+
+def test_ctrl_c_in_a_capture_is_no_driver_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending a broken capture raises over it, as torch does."""
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    def interrupted() -> None:
+        if interrupts:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    replay, interrupts = Replay(torch.device("cuda", 0)), False
+    replay(1, interrupted)
+    interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        replay(1, interrupted)
+    assert replay.failure is None
 
 
 def fake_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -61,6 +62,8 @@ def _handoff(device: torch.device) -> Figure:
     from localmoe.kernels.calls import quickest
 
     _, seconds = quickest(device)
+    if not math.isfinite(seconds):
+        raise RuntimeError("no call of the CPU could be timed in a CUDA graph")
     return Figure(seconds, "measured", "a row down and up with it")
 
 

@@ -130,6 +130,7 @@ def _gpu(cards: tuple[Card, ...], name: str, record: Record | None) -> GpuSpeed:
         read=figures.get("gpu.read", gpu.read),
         macs=figures.get("gpu.macs", gpu.macs),
         pcie=figures.get("gpu.pcie", gpu.pcie),
+        handoff=figures.get("gpu.handoff", gpu.handoff),
     )
 
 

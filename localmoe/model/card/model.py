@@ -348,6 +348,7 @@ class CardModel:
         if not self._whole:
             rows.stream[:1].to("cpu", copy=True)
             mark(COPIES)
+        self._wait()  # for the token: the next one is put where it is read from
 
     def _many(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
         """The card's part of a longer pass: [T, H] on the card."""

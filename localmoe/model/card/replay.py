@@ -43,13 +43,19 @@ class Replay:
     def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """None where this driver cannot: nothing has run then, and no pass is captured any more."""
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream(self._device).synchronize()
+        stream = torch.cuda.current_stream(self._device)
+        stream.synchronize()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 body()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            cause = error.__context__  # ending a capture that Ctrl-C or full memory broke off fails too, over it
+            if isinstance(cause, torch.OutOfMemoryError) or (cause is not None and not isinstance(cause, Exception)):
+                raise cause from None
             self._captures, self.failure = False, str(error)
             return None
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that failed leaves its own
         return graph
