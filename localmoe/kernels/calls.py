@@ -38,11 +38,11 @@ def callers(driver: str = _DRIVER) -> dict[str, Caller]:
 
 
 def quickest(device: torch.device) -> tuple[Caller, float]:
-    """What to call by on this card, and seconds of a call there and back; infinite where no graph can
-    hold one. Raises RuntimeError where there is no driver."""
-    times = {name: (round_trip(caller, device), caller) for name, caller in callers().items()}
-    taken, chosen = min(times.values(), key=lambda each: each[0])  # the first, host functions, if nobody answers at all
-    for _, caller in times.values():
+    """What to call by on this card, and seconds of a call there and back; infinite where no graph can hold one. Raises
+    RuntimeError where there is no driver."""
+    timed = [(round_trip(caller, device), caller) for caller in callers().values()]
+    taken, chosen = min(timed, key=lambda each: each[0])  # the first, host functions, if nobody answers at all
+    for _, caller in timed:
         if caller is not chosen and isinstance(caller, _cpu.Doorbell):
             caller.stop()
     return chosen, taken

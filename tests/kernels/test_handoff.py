@@ -97,9 +97,9 @@ def driver(build: Callable[..., Path]) -> Path:
     return build("MEMORY_OPERATIONS")
 
 
-def finish(driver: Path) -> None:
-    """What the driver was told last is done."""
-    assert ctypes.CDLL(str(driver)).finish() == 0
+def finished(driver: Path) -> bool:
+    """Waits for what the driver was told last; whether it was done."""
+    return bool(ctypes.CDLL(str(driver)).finish() == 0)
 
 
 def words() -> np.ndarray:
@@ -133,7 +133,7 @@ def test_the_driver_runs_the_experts_without_a_slot(experts: ExpertProducts, dri
         slots[0] = slot
         result.fill_(7)
         job.enqueue(caller, 1)
-        finish(driver)
+        assert finished(driver)
         away = torch.where(slots[ids.long()] >= 0, -1, ids.long())
         assert torch.equal(result, experts(hidden, away, weights))
         assert bool((away == -1).any())
@@ -152,11 +152,11 @@ def test_a_doorbell_knows_one_work_from_another(experts: ExpertProducts, driver:
         job = jobs[number]
         assert job is not None
         job.enqueue(bell, 1)
-        finish(driver)
+        assert finished(driver)
         assert [bool(result.any()) for result in results] == [each == number for each in range(3)]
         assert torch.equal(results[number], experts(hidden[number], ids.long(), weights))
     bell.ring(1)
-    finish(driver)
+    assert finished(driver)
 
 
 def test_a_doorbell_answers_after_a_long_silence(driver: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_doorbell_answers_after_a_long_silence(driver: Path) -> None:
     bell = callers(str(driver))["memory operations"]
     time.sleep(1.2)
     bell.ring(1)
-    assert ctypes.CDLL(str(driver)).finish() == 0
+    assert finished(driver)
 
 
 def test_a_doorbell_that_is_stopped_answers_what_was_asked(driver: Path) -> None:
@@ -172,11 +172,11 @@ def test_a_doorbell_that_is_stopped_answers_what_was_asked(driver: Path) -> None
     assert isinstance(bell, _cpu.Doorbell)
     bell.ring(1)
     bell.stop()
-    finish(driver)
+    assert finished(driver)
     bell.stop()
     bell.ring(1)
     threading.Timer(0.1, bell.let_go).start()  # nobody else lets the stream go on
-    finish(driver)
+    assert finished(driver)
 
 
 def test_who_asks_in_vain_is_let_go(driver: Path) -> None:
@@ -184,10 +184,10 @@ def test_who_asks_in_vain_is_let_go(driver: Path) -> None:
     bell = callers(str(driver))["memory operations"]
     assert isinstance(bell, _cpu.Doorbell)
     bell.ring(1)
-    finish(driver)
+    assert finished(driver)
     bell.stop()
     bell.ring(1)
-    stream = threading.Thread(target=finish, args=(driver,))
+    stream = threading.Thread(target=finished, args=(driver,))
     stream.start()
     done = SimpleNamespace(query=lambda: not stream.is_alive())
     assert not answered(done, bell, time.perf_counter() + 0.05)  # type: ignore[arg-type]

@@ -46,11 +46,13 @@ def test_a_plan_uses_it_and_derives_the_rest(tmp_path: Path, facts: Facts) -> No
 
 def test_a_cards_figures_are_those_of_that_card(tmp_path: Path, facts: Facts) -> None:
     figures = {"gpu.read": Figure(900e9, "measured"), "gpu.pcie": Figure(24e9, "measured", "from pinned memory")}
+    figures["gpu.handoff"] = Figure(9e-6, "measured")
     save(tmp_path, replace(RECORD, figures=figures, card="RTX"))
     machine = machine_here(facts, tmp_path, 4, with_card=True, card="RTX")
     assert machine.gpu is not None
     assert machine.gpu.read == Figure(900e9, "cached")
     assert machine.gpu.pcie.value == 24e9
+    assert machine.gpu.handoff == Figure(9e-6, "cached")
     assert machine.gpu.macs.origin == "assumed"
     other = machine_here(facts, tmp_path, 4, with_card=True, card="another")
     assert other.gpu is not None

@@ -7,7 +7,7 @@ of 1,152 bytes (512 + 64 in bf16) is long enough to be read alone; SGLang's page
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class CardLatents:
         self._arena = arena
         memory = arena.memory[: capacity * self._token].view(stored).view(capacity, len(indices), -1)
         self.rows = dict(zip(indices, memory[..., :width].unbind(1), strict=True))
-        self.holder: weakref.ref[CardCache] | None = None
+        self.holder: Callable[[], CardCache | None] = lambda: None
         self._roomy = 0  # passes one after the other
 
     @property
@@ -105,7 +105,7 @@ class CardCache(LatentCache):
     def check_room(self, count: int) -> None:
         """Have room for `count` more tokens. Between passes. Raises ContextOverflowError where they do not fit,
         UsageError for a cache that lost its memory."""
-        if self._latents.holder is None or self._latents.holder() is not self:
+        if self._latents.holder() is not self:
             raise UsageError("another generation has begun on the card; finish one before the next")
         if self.length + count > self.capacity:
             raise ContextOverflowError(f"the context holds {self.capacity} tokens and {self.length + count} are needed")
